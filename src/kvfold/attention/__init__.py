@@ -1,0 +1,1 @@
+"""Attention over a paged cache: prefill, decode, and the merge of their pieces."""

@@ -1,0 +1,378 @@
+"""One step of the cache, for any recipe: what the drop-in cache and the engine share.
+
+:class:`PagedCache` owns the arena and the books; :class:`Step` is one forward over some sequences: it takes every layer's new
+keys and values and answers every layer's attention. ``begin`` reserves blocks (all or nothing), ``commit`` seals and releases
+them, ``abandon`` undoes the reservation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvfold.attention.decode import attend_decode
+from kvfold.attention.merge import Piece, with_sinks
+from kvfold.attention.pieces import LayerCall
+from kvfold.attention.prefill import PastSpan, attend_prefill
+from kvfold.attention.tables import Blocks, DecodeBucket, DecodeTables, GroupPages, SequencePages, past_spans
+from kvfold.codecs.pages import PageStore, copy_blocks, seal, unseal, zero_blocks
+from kvfold.errors import UnsupportedError
+from kvfold.geometry import Geometry, LayerGroup
+from kvfold.kernels.dense import dense_registry
+from kvfold.memory.manager import CacheManager, GroupSpec, Reservation
+from kvfold.recipe import Recipe
+
+__all__ = ["PagedCache", "SequenceWork", "Step"]
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceWork:
+    """``count`` new tokens of sequence ``seq`` in one step."""
+
+    seq: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Write:
+    """Where new tokens go in one store: ``addr [N, Hkv]`` pages in the group's first layer, ``slot [N, Hkv]``, and which ``rows [N]``
+    of the step's tokens they are (None: all, in order)."""
+
+    store: PageStore
+    addr: Tensor
+    slot: Tensor
+    rows: Tensor | None
+    layer_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefill:
+    """One sequence with several new tokens: rows ``[first, end)`` of the step, at positions ``start ...``."""
+
+    first: int
+    end: int
+    start: int
+    past: list[PastSpan]
+
+
+@dataclass(frozen=True, slots=True)
+class _GroupStep:
+    writes: list[_Write]
+    decode: tuple[DecodeBucket, ...]
+    prefill: list[_Prefill]
+
+
+class PagedCache:
+    """A paged, packed KV cache for a model of ``geometry`` under ``recipe``, in at most ``kv_memory`` bytes.
+
+    ``kv_memory=None`` lets the arena grow with its use (for the drop-in cache). ``window_margin``: tokens a sliding layer keeps
+    behind its window, so that a rollback of that many stays possible. Raises UnsupportedError with every reason if the recipe
+    cannot serve the model, and BudgetError if the budget does not hold a single block.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        recipe: Recipe,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        kv_memory: int | None = None,
+        fingerprint: bytes = b"",
+        prefix_caching: bool = True,
+        window_margin: int = 0,
+    ) -> None:
+        reasons = recipe.supports(geometry)
+        if reasons:
+            raise UnsupportedError(f"recipe {recipe} on {geometry.model_type}", reasons)
+        self.geometry = geometry
+        self.recipe = recipe
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.groups: tuple[LayerGroup, ...] = geometry.groups(recipe, dtype.itemsize)
+        self.registry = dense_registry()
+        self._slots = geometry.layer_slot(recipe)
+        specs = [_spec(group, window_margin) for group in self.groups]
+        growable = kv_memory is None
+        first = 8 * sum(spec.raw_block_bytes + spec.packed_block_bytes for spec in specs)
+        self.manager = CacheManager(
+            specs,
+            first if kv_memory is None else kv_memory,
+            recipe.block_size,
+            growable=growable,
+            fingerprint=fingerprint + recipe.fingerprint(),
+            prefix_caching=prefix_caching,
+        )
+        self._arena = torch.zeros(self.manager.arena.total_bytes, dtype=torch.uint8, device=self.device)
+        self._generation = self.manager.arena.generation
+        self._pages = [_group_pages(group, self._arena, dtype) for group in self.groups]
+        self._decode_tables: list[tuple[tuple[tuple[int, int], ...], DecodeTables] | None] = [None] * len(self.groups)
+
+    def create(self) -> int:
+        """A new, empty sequence."""
+        return self.manager.create()
+
+    def length(self, seq: int) -> int:
+        """Stored tokens of a sequence."""
+        return self.manager.length(seq)
+
+    def fork(self, seq: int) -> int:
+        """A sequence that shares every block of ``seq``; blocks are copied when one of them writes."""
+        return self.manager.fork(seq)
+
+    def free(self, seq: int) -> None:
+        """Ends a sequence and gives its blocks back."""
+        self.manager.free(seq)
+
+    def truncate(self, seq: int, length: int) -> None:
+        """Rolls a sequence back to its first ``length`` tokens.
+
+        A packed block that is cut through is decoded into a raw one, so that new tokens can follow.
+        """
+        unseals = self.manager.truncate(seq, length)
+        self._follow_growth()
+        for job in unseals:
+            pages = self._pages[job.group]
+            if pages.packed is not None:
+                packed = self._pages_of(job.group, pages.packed, "packed", [job.packed_id])
+                unseal(pages.packed, packed, pages.raw, self._pages_of(job.group, pages.raw, "raw", [job.raw_id]))
+        self.manager.finish_unseals(unseals)
+
+    def begin(self, work: Sequence[SequenceWork]) -> Step:
+        """Reserves room for the new tokens of ``work`` (all or nothing: CacheFullError leaves the cache as it was)."""
+        reservations = self.manager.reserve_many([(item.seq, item.count) for item in work])
+        self._follow_growth()
+        self._prepare_blocks(reservations)
+        return Step(self, reservations, [self._group_step(g, reservations) for g in range(len(self.groups))])
+
+    def bytes_in_use(self) -> int:
+        """Bytes of all referenced blocks (slack, scales, raw tails counted) and of the block tables."""
+        return self.manager.bytes_in_use()
+
+    def commit(
+        self, step: Step, tokens: Sequence[Sequence[int]] | None = None, salts: Sequence[bytes] | None = None
+    ) -> None:
+        """Makes a step's tokens part of their sequences: seals what has left the recent window, releases what a window has passed.
+
+        ``tokens`` (the new token ids of each sequence, in order) lets full blocks be found again by other sequences that start
+        the same way under the same salt.
+        """
+        raw_ids: dict[int, list[int]] = {}
+        packed_ids: dict[int, list[int]] = {}
+        seals = []
+        for i, reservation in enumerate(step.reservations):
+            done = self.manager.commit(
+                reservation, tokens[i] if tokens is not None else None, salts[i] if salts is not None else None
+            )
+            seals.append(done)
+            for job in done:
+                if job.encode:
+                    raw_ids.setdefault(job.group, []).append(job.raw_id)
+                    packed_ids.setdefault(job.group, []).append(job.packed_id)
+        for g, ids in raw_ids.items():
+            pages = self._pages[g]
+            if pages.packed is not None:
+                raw = self._pages_of(g, pages.raw, "raw", ids)
+                seal(pages.raw, raw, pages.packed, self._pages_of(g, pages.packed, "packed", packed_ids[g]))
+        for done in seals:
+            self.manager.finish_seals(done)
+
+    def abandon(self, step: Step) -> None:
+        """Drops a step: every block it reserved goes back."""
+        for reservation in reversed(step.reservations):
+            self.manager.rollback(reservation)
+
+    def slot(self, layer: int) -> tuple[int, int]:
+        """(group, layer within the group) whose pages a layer reads."""
+        return self._slots[layer]
+
+    def _follow_growth(self) -> None:
+        """Moves the pages to a larger allocation after the books' arena has grown."""
+        arena = self.manager.arena
+        if arena.generation == self._generation:
+            return
+        larger = torch.zeros(arena.total_bytes, dtype=torch.uint8, device=self.device)
+        larger[: self._arena.numel()] = self._arena
+        self._arena, self._generation = larger, arena.generation
+        for pages in self._pages:
+            pages.raw.rebind(larger)
+            if pages.packed is not None:
+                pages.packed.rebind(larger)
+        self._decode_tables = [None] * len(self.groups)
+
+    def _pages_of(self, g: int, store: PageStore, state: str, ids: Sequence[int]) -> Tensor:
+        """Addresses ``[n * layers * Hkv]`` of all pages of some blocks."""
+        group = self.groups[g]
+        offset = self.manager.pool(g, state).offset(np.asarray(ids, np.int64))
+        pages = np.arange(len(group.layers) * group.kv_heads, dtype=np.int64) * store.fmt.page_bytes
+        return torch.from_numpy((offset[:, None] + pages).reshape(-1)).to(self.device)
+
+    def _prepare_blocks(self, reservations: Sequence[Reservation]) -> None:
+        """Copies shared blocks that are about to be written, and clears new ones that this step does not fill.
+
+        A recycled block may hold anything, NaN included, and a mask cannot hide NaN.
+        """
+        for g in range(len(self.groups)):
+            pool = self.manager.pool(g, "raw")
+            copies = [copy for r in reservations for copy in r.copies if copy.group == g]
+            if copies:
+                ends = np.asarray([(copy.src, copy.dst) for copy in copies], np.int64)
+                src, dst = torch.from_numpy(pool.offset(ends.T)).to(self.device)
+                copy_blocks(self._arena, src, dst, pool.block_bytes)
+            size = self.recipe.block_size
+            fresh = [
+                run.block_id
+                for r in reservations
+                for run in r.runs[g]
+                if run.state == "raw" and run.slot_start == 0 and run.slot_stop < size
+            ]
+            if fresh:
+                offset = torch.from_numpy(pool.offset(np.asarray(fresh, np.int64))).to(self.device)
+                zero_blocks(self._arena, offset, pool.block_bytes)
+
+    def _sequence_pages(self, g: int, seq: int) -> SequencePages:
+        table = self.manager.table(seq, g)
+        size = self.recipe.block_size
+        raw = Blocks(self.manager.pool(g, "raw").offset(table.raw_ids), table.raw_block_index * size)
+        if not table.packed_ids.size:
+            return SequencePages(raw, Blocks(table.packed_ids, table.packed_ids))
+        offset = self.manager.pool(g, "packed").offset(table.packed_ids)
+        return SequencePages(raw, Blocks(offset, table.packed_block_index * size))
+
+    def _group_step(self, g: int, reservations: Sequence[Reservation]) -> _GroupStep:
+        pages = self._pages[g]
+        decoding: list[int] = []
+        rows: list[int] = []
+        prefill: list[_Prefill] = []
+        first = 0
+        for i, r in enumerate(reservations):
+            if r.new_tokens == 1:
+                decoding.append(i)
+                rows.append(first)
+            else:
+                past = past_spans(pages, self._sequence_pages(g, r.seq), r.start) if r.start else []
+                prefill.append(_Prefill(first, first + r.new_tokens, r.start, past))
+            first += r.new_tokens
+        buckets: tuple[DecodeBucket, ...] = ()
+        if decoding:
+            key = tuple((reservations[i].seq, self.manager.table_version(reservations[i].seq)) for i in decoding)
+            cached = self._decode_tables[g]
+            if cached is None or cached[0] != (key := (*key, (-1, first))):
+                sequences = [self._sequence_pages(g, reservations[i].seq) for i in decoding]
+                cached = (key, DecodeTables(pages, sequences, np.asarray(rows)))
+                self._decode_tables[g] = cached
+            positions = np.asarray([reservations[i].start for i in decoding])
+            buckets = cached[1].at(positions, first)
+        return _GroupStep(self._writes(g, reservations, first), buckets, prefill)
+
+    def _writes(self, g: int, reservations: Sequence[Reservation], total: int) -> list[_Write]:
+        """Where each new token of the step goes in this group; tokens that a window has already passed go nowhere."""
+        pages = self._pages[g]
+        writes = []
+        for state, store in (("raw", pages.raw), ("packed", pages.packed)):
+            if store is None:
+                continue
+            ids: list[int] = []
+            counts: list[int] = []
+            slots: list[int] = []
+            firsts: list[int] = []
+            row = 0
+            for r in reservations:
+                for run in r.runs[g]:
+                    if run.state == state:
+                        ids.append(run.block_id)
+                        counts.append(run.slot_stop - run.slot_start)
+                        slots.append(run.slot_start)
+                        firsts.append(row + run.token_start)
+                row += r.new_tokens
+            if not ids:
+                continue
+            count = np.asarray(counts)
+            within = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
+            offset = np.repeat(self.manager.pool(g, state).offset(np.asarray(ids, np.int64)), count)
+            slot = torch.from_numpy(np.repeat(np.asarray(slots), count) + within).to(self.device)
+            rows = np.repeat(np.asarray(firsts), count) + within
+            in_order = rows.size == total and bool((rows == np.arange(total)).all())
+            writes.append(
+                _Write(
+                    store=store,
+                    addr=pages.addresses(store, offset[:, None])[..., 0],
+                    slot=slot[:, None].expand(-1, pages.kv_heads),
+                    rows=None if in_order else torch.from_numpy(rows).to(self.device),
+                    layer_bytes=pages.layer_bytes(store),
+                )
+            )
+        return writes
+
+
+class Step:
+    """One forward over some sequences, whose new tokens lie one sequence after the other: ``N`` rows in all."""
+
+    def __init__(self, cache: PagedCache, reservations: Sequence[Reservation], groups: Sequence[_GroupStep]) -> None:
+        self.cache = cache
+        self.reservations = tuple(reservations)
+        self._groups = groups
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Stores a layer's new keys and values, ``k [N, Hkv, Dk]`` and ``v [N, Hkv, Dv]``."""
+        g, index = self.cache.slot(layer)
+        for write in self._groups[g].writes:
+            keys, values = (k, v) if write.rows is None else (k.index_select(0, write.rows), v.index_select(0, write.rows))
+            addr = (write.addr + index * write.layer_bytes).reshape(-1)
+            write.store.write_rows(addr, write.slot.reshape(-1), keys.flatten(0, 1), values.flatten(0, 1))
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
+        """A layer's attention: ``q [N, Hq, D]`` over the pages and the fresh ``k, v [N, H, D]``; ``[N, Hq, Dv]``.
+
+        The layer's new keys and values must have been written before.
+        """
+        g, index = self.cache.slot(layer)
+        group = self._groups[g]
+        registry = self.cache.registry
+        parts: list[tuple[Tensor | slice, Tensor]] = []
+        for bucket in group.decode:
+            chosen = q if bucket.rows is None else q.index_select(0, bucket.rows)
+            wide = call.latent.query(chosen) if call.latent is not None else chosen
+            out = _finish(attend_decode(wide, index, bucket.pieces, call, registry), call)
+            if bucket.rows is None:
+                return out
+            parts.append((bucket.rows, out))
+        for span in group.prefill:
+            rows = slice(span.first, span.end)
+            piece = attend_prefill(q[rows], k[rows], v[rows], span.start, index, span.past, call, registry)
+            parts.append((rows, _finish(piece, call)))
+        out = q.new_empty((q.shape[0], *parts[0][1].shape[1:]))
+        for where, part in parts:
+            out[where] = part
+        return out
+
+
+def _finish(piece: Piece, call: LayerCall) -> Tensor:
+    return (piece if call.sinks is None else with_sinks(piece, call.sinks))[0]
+
+
+def _spec(group: LayerGroup, margin: int) -> GroupSpec:
+    return GroupSpec(
+        name=group.name,
+        raw_block_bytes=group.raw_block_bytes,
+        packed_block_bytes=group.packed_block_bytes,
+        sinks=group.sinks,
+        recent=group.recent,
+        kind=group.kind,
+        window=group.window,
+        margin=margin,
+    )
+
+
+def _group_pages(group: LayerGroup, arena: Tensor, dtype: torch.dtype) -> GroupPages:
+    return GroupPages(
+        raw=PageStore(arena, group.raw, dtype),
+        packed=None if group.packed is None else PageStore(arena, group.packed, dtype),
+        kv_heads=group.kv_heads,
+        kind=group.kind,
+        window=group.window,
+    )

@@ -1,0 +1,1 @@
+"""How numbers are stored: rotations, the affine code, and pages in an arena."""

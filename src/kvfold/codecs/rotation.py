@@ -1,0 +1,64 @@
+"""Orthogonal rotations of head vectors.
+
+A rotation spreads one large coordinate over many, so that a scale per token covers the row well. It is applied to
+keys and values once, when they are packed, and to queries and outputs once per step. Nothing is undone per token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvfold.formats import VectorFormat
+
+
+def hadamard_block(dim: int) -> int:
+    """The largest power of two that divides ``dim``: the size of the Hadamard blocks."""
+    return dim & -dim
+
+
+def hadamard_matrix(dim: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
+    """The orthogonal block-Hadamard matrix ``[dim, dim]`` (its own transpose and inverse).
+
+    The blocks have the size of the largest power of two that divides ``dim``; an odd ``dim`` gives the identity.
+    """
+    size = hadamard_block(dim)
+    block = torch.ones(1, 1, dtype=torch.float64)
+    while block.shape[0] < size:
+        block = torch.cat((torch.cat((block, block), 1), torch.cat((block, -block), 1)), 0)
+    blocks = torch.eye(dim // size, dtype=torch.float64)
+    return torch.kron(blocks, block / size**0.5).to(dtype=dtype, device=device)
+
+
+class Rotation:
+    """The rotation of one vector format. It owns its matrices: one per dtype and device it was asked for.
+
+    ``apply`` and ``undo`` work on the last dimension ``[..., dim]``, in the dtype and on the device of their input.
+    The identity (format without rotation, raw format, odd ``dim``) returns its input untouched.
+    """
+
+    def __init__(self, fmt: VectorFormat) -> None:
+        self.dim = fmt.dim
+        wanted = fmt.quantized and fmt.rotation == "hadamard"
+        self.is_identity = not wanted or hadamard_block(fmt.dim) == 1
+        self._matrices: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The orthogonal matrix ``[dim, dim]``; rows are rotated by ``x @ matrix``."""
+        key = (dtype, device)
+        found = self._matrices.get(key)
+        if found is None:
+            if self.is_identity:
+                found = torch.eye(self.dim, dtype=dtype, device=device)
+            else:
+                found = hadamard_matrix(self.dim, dtype, device)
+            self._matrices[key] = found
+        return found
+
+    def apply(self, x: Tensor) -> Tensor:
+        """``x [..., dim]`` in the rotated basis."""
+        return x if self.is_identity else x @ self.matrix(x.dtype, x.device)
+
+    def undo(self, x: Tensor) -> Tensor:
+        """``x [..., dim]`` of the rotated basis, back in the original one."""
+        return x if self.is_identity else x @ self.matrix(x.dtype, x.device).mT

@@ -1,0 +1,172 @@
+"""What may enter the engine: prompts become token ids, and a request that can never be served is refused at once."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from kvfold.engine.detokenize import TextStream
+from kvfold.engine.request import Prompt, SamplingParams, StreamChunk
+from kvfold.engine.sampling import RowSampler
+from kvfold.engine.state import Branch, Request
+from kvfold.errors import RequestError
+from kvfold.memory.manager import CacheManager
+
+__all__ = ["Intake", "is_single", "longest_sequence"]
+
+
+class Intake:
+    """Makes requests. ``context``: tokens the model allows; ``capacity``: tokens one sequence can have in the cache."""
+
+    def __init__(
+        self,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None,
+        vocab: int,
+        context: int,
+        capacity: int,
+        max_sequences: int,
+        end_ids: frozenset[int],
+        seed: int,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._vocab = vocab
+        self._context = context
+        self._capacity = capacity
+        self._max_sequences = max_sequences
+        self._end_ids = end_ids
+        self._seeds = random.Random(seed)
+        self._arrivals = 0
+
+    def make(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        request_id: str,
+        salt: bytes,
+        on_chunk: Callable[[StreamChunk], None] | None,
+    ) -> Request:
+        """The request, with its first branch; RequestError says why it can never be served."""
+        tokens = self.tokens(prompt)
+        limit = self._limit(tokens, params)
+        self._check(params)
+        end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._end_ids)
+        request = Request(
+            id=request_id,
+            prompt=tokens,
+            params=params,
+            salt=salt,
+            arrival=self._arrivals,
+            limit=limit,
+            end_ids=end_ids,
+            on_chunk=on_chunk,
+        )
+        self._arrivals += 1
+        seed = params.seed if params.seed is not None or params.greedy else self._seeds.getrandbits(62)
+        request.seed = seed or 0
+        request.branches.append(
+            Branch(
+                request=request,
+                index=0,
+                tokens=list(tokens),
+                sampler=RowSampler(params, prompt=tokens, end_ids=sorted(end_ids), seed=request.seed),
+                text=self._text(params, streamed=on_chunk is not None),
+                logprobs=None if params.logprobs is None else [],
+            )
+        )
+        return request
+
+    def tokens(self, prompt: Prompt) -> list[int]:
+        """Token ids of a text (with the tokenizer's special tokens), of chat messages, or as they are."""
+        if isinstance(prompt, str):
+            return self._checked(self._need("a text").encode(prompt))
+        if not isinstance(prompt, Sequence):
+            raise RequestError(f"bad prompt of type {type(prompt).__name__}", hint="a text, token ids, or chat messages")
+        if prompt and all(isinstance(item, Mapping) for item in prompt):
+            return self._checked(self._chat([dict(item) for item in prompt if isinstance(item, Mapping)]))
+        return self._checked(prompt)
+
+    def _chat(self, messages: list[dict[str, Any]]) -> Any:
+        tokenizer = self._need("chat messages")
+        if not tokenizer.chat_template:
+            raise RequestError("chat messages", why="the tokenizer has no chat template", hint="give the prompt as a text")
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    def _need(self, what: str) -> PreTrainedTokenizerBase:
+        if self._tokenizer is None:
+            raise RequestError(f"{what} as a prompt", why="the engine has no tokenizer", hint="give token ids")
+        return self._tokenizer
+
+    def _checked(self, tokens: Sequence[Any]) -> list[int]:
+        """``tokens`` as plain ints, each within the vocabulary."""
+        if not tokens:
+            raise RequestError("empty prompt", why="there is no token to go on from")
+        ids: list[int] = []
+        for token in tokens:
+            if isinstance(token, bool) or not hasattr(token, "__index__"):
+                raise RequestError(f"bad token id {token!r} in a prompt", why="a whole number is needed")
+            ids.append(token.__index__())
+        if not 0 <= min(ids) <= max(ids) < self._vocab:
+            wrong = next(token for token in ids if not 0 <= token < self._vocab)
+            raise RequestError(f"bad token id {wrong} in a prompt", why=f"the vocabulary has {self._vocab} tokens")
+        return ids
+
+    def _limit(self, tokens: Sequence[int], params: SamplingParams) -> int:
+        """Most tokens of prompt and completion together. The last one is never stored in the cache."""
+        least = len(tokens) + 1
+        if least > self._context:
+            raise RequestError(
+                f"prompt of {len(tokens)} tokens",
+                why=f"the context is {self._context} tokens, with at least one generated",
+                hint="shorten the prompt",
+            )
+        asked = min(self._context, len(tokens) + params.max_tokens) if params.max_tokens else least
+        if asked - 1 > self._capacity:
+            raise RequestError(
+                f"prompt of {len(tokens)} tokens with max_tokens={params.max_tokens}",
+                why=f"{asked - 1} tokens can never fit: the cache holds {self._capacity} of one sequence",
+                hint="raise kv_memory, lower max_tokens, or choose a recipe with fewer bits",
+            )
+        return asked if params.max_tokens else min(self._context, self._capacity + 1)
+
+    def _check(self, params: SamplingParams) -> None:
+        if params.n > self._max_sequences:
+            raise RequestError(f"n={params.n}", why=f"at most {self._max_sequences} sequences run at once")
+        if params.stop and self._tokenizer is None:
+            raise RequestError("stop strings", why="the engine has no tokenizer", hint="use stop_token_ids")
+        for token in params.stop_token_ids:
+            if token >= self._vocab:
+                raise RequestError(f"bad stop token id {token}", why=f"the vocabulary has {self._vocab} tokens")
+
+    def _text(self, params: SamplingParams, *, streamed: bool) -> TextStream | None:
+        if self._tokenizer is None or not (params.stop or streamed):
+            return None
+        return TextStream(
+            self._tokenizer,
+            stop=params.stop,
+            include_stop=params.include_stop_str_in_output,
+            skip_special_tokens=params.skip_special_tokens,
+        )
+
+
+def is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
+    """Whether ``prompts`` is one prompt rather than several: a text, token ids, or chat messages."""
+    return isinstance(prompts, str) or (
+        len(prompts) > 0 and all(isinstance(item, (int, Mapping)) or hasattr(item, "__index__") for item in prompts)
+    )
+
+
+def longest_sequence(books: CacheManager, context: int, chunk: int) -> int:
+    """The most tokens, up to ``context``, that one sequence can have in steps of ``chunk``."""
+    if books.can_ever_fit(context, min(chunk, context)):
+        return context
+    low, high = 0, context
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if books.can_ever_fit(middle, min(chunk, middle)) else (low, middle)
+    return low

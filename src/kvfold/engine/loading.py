@@ -1,0 +1,102 @@
+"""Finding and loading a model with its tokenizer, and how much memory its cache may take by default."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from importlib.resources import files
+from pathlib import Path
+from typing import Final
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from kvfold.errors import ModelError
+
+__all__ = ["BUNDLED", "available_memory", "end_tokens", "load"]
+
+BUNDLED: Final = "bundled"
+"""The name of the small model that comes with the package."""
+
+_MEMINFO: Final = Path("/proc/meminfo")
+_CGROUP: Final = Path("/sys/fs/cgroup")
+
+
+def load(
+    path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The causal language model and the tokenizer at ``path``: ``"bundled"``, a directory, or a hub id.
+
+    ``dtype``: of the weights; None keeps the saved one. ``device``: None takes the GPU if there is one. The model is in
+    evaluation mode. ModelError if there is none, or it cannot be loaded.
+    """
+    where = _resolve(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype="auto" if dtype is None else dtype)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"cannot load the model {str(path)!r}",
+            why=first_line,
+            hint="name a directory with config.json, weights and tokenizer, a hub id, or 'bundled'",
+        ) from error
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).eval(), tokenizer
+
+
+def _resolve(path: str | Path) -> str:
+    """What transformers is to be given: a directory that is there, or a hub id."""
+    if str(path) == BUNDLED:
+        folder = Path(str(files("kvfold").joinpath(BUNDLED)))
+        if not (folder / "config.json").is_file():
+            raise ModelError("the bundled model is missing", why=f"no {folder}", hint="reinstall kvfold")
+        return str(folder)
+    if Path(path).is_dir():
+        if not (Path(path) / "config.json").is_file():
+            raise ModelError(f"no model in {str(path)!r}", why="the directory has no config.json")
+        return str(path)
+    text = str(path)
+    if isinstance(path, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or not text:
+        raise ModelError(f"no model at {text!r}", why="no such directory", hint="give a directory, a hub id, or 'bundled'")
+    return text
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
+    """The tokens with which the model ends what it says: those of its generation config, and its tokenizer's."""
+    found: set[int] = set()
+    for ids in (getattr(model.generation_config, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)):
+        if isinstance(ids, int):
+            found.add(ids)
+        elif isinstance(ids, Iterable):
+            found.update(int(token) for token in ids)
+    return frozenset(found)
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that could be allocated on ``device`` now; for the CPU without swapping, and within the container's limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    limits = [_meminfo() or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    limit, used = _number(_CGROUP / "memory.max"), _number(_CGROUP / "memory.current")
+    if limit is not None and used is not None:
+        limits.append(max(0, limit - used))
+    return min(limits)
+
+
+def _meminfo() -> int | None:
+    if not _MEMINFO.is_file():
+        return None
+    for line in _MEMINFO.read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _number(file: Path) -> int | None:
+    """The number in ``file``; None if there is no such file or number (``max``: no limit)."""
+    if not file.is_file():
+        return None
+    text = file.read_text(encoding="ascii").strip()
+    return int(text) if text.isdecimal() else None

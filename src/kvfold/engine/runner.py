@@ -1,0 +1,123 @@
+"""Runs one planned step: reserve, one packed forward, commit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvfold.cache import PagedCache, SequenceWork
+from kvfold.geometry import Geometry
+from kvfold.memory.manager import CacheManager
+from kvfold.packed import PackedModel, check_model
+from kvfold.recipe import Recipe
+
+__all__ = ["ModelRunner", "SeqWork"]
+
+
+@dataclass(frozen=True, slots=True)
+class SeqWork:
+    """New ``tokens`` of sequence ``seq``, the first at position ``start``; ``sample``: the last one's logits are wanted."""
+
+    seq: int
+    tokens: Sequence[int]
+    start: int
+    salt: bytes
+    sample: bool
+
+
+class ModelRunner:
+    """A model on its paged cache. ``kv_memory``: bytes, a hard budget. Checks the model against its stock path first."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        recipe: Recipe,
+        kv_memory: int,
+        fingerprint: bytes = b"",
+        prefix_caching: bool = True,
+        check: bool = True,
+    ) -> None:
+        self.geometry = Geometry.from_config(model.config)
+        if check:
+            check_model(model, self.geometry)
+        self.cache = PagedCache(
+            self.geometry,
+            recipe,
+            dtype=model.dtype,
+            device=model.device,
+            kv_memory=kv_memory,
+            fingerprint=fingerprint,
+            prefix_caching=prefix_caching,
+        )
+        self._packed = PackedModel(model, self.geometry)
+
+    @property
+    def manager(self) -> CacheManager:
+        """The books of the cache."""
+        return self.cache.manager
+
+    @property
+    def device(self) -> torch.device:
+        """Where the cache lies."""
+        return self.cache.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's dtype."""
+        return self.cache.dtype
+
+    def create(self) -> int:
+        """A new, empty sequence."""
+        return self.cache.create()
+
+    def adopt(self, seq: int, tokens: Sequence[int], salt: bytes) -> int:
+        """Attaches cached blocks that begin like ``tokens`` to the empty ``seq``; how many tokens they hold."""
+        hit = self.manager.match(tokens, salt)
+        if hit:
+            self.manager.adopt(seq, tokens, hit, salt)
+        return hit
+
+    def fork(self, seq: int) -> int:
+        """A sequence that shares every block of ``seq``."""
+        return self.cache.fork(seq)
+
+    def free(self, seq: int) -> None:
+        """Ends a sequence."""
+        self.cache.free(seq)
+
+    def release(self) -> None:
+        """Takes everything off the model again."""
+        self._packed.release()
+
+    def execute(self, work: Sequence[SeqWork]) -> Tensor:
+        """Runs ``work`` in one forward; float32 logits ``[n, V]`` of the items that sample, in order.
+
+        Raises CacheFullError, with the cache as it was, if there is no room; any error of the forward leaves it so too.
+        """
+        ends = np.cumsum([len(item.tokens) for item in work])
+        return self._run(work, (ends - 1)[[item.sample for item in work]])
+
+    def execute_all(self, item: SeqWork) -> Tensor:
+        """Runs one item; the logits ``[len(item.tokens), V]`` of all its tokens. Otherwise as :meth:`execute`."""
+        return self._run([item], np.arange(len(item.tokens)))
+
+    def _run(self, work: Sequence[SeqWork], keep: np.ndarray) -> Tensor:
+        step = self.cache.begin([SequenceWork(item.seq, len(item.tokens)) for item in work])
+        try:
+            segments = [len(item.tokens) for item in work]
+            tokens = np.concatenate([np.asarray(item.tokens, np.int64) for item in work])
+            first = np.asarray([item.start for item in work]) - np.cumsum([0, *segments[:-1]])
+            positions = np.arange(tokens.size) + np.repeat(first, segments)
+            ids, at, rows = (torch.from_numpy(x).to(self.device) for x in (tokens, positions, keep))
+            logits = self._packed.forward(step, ids, at, rows, segments)
+        except BaseException:
+            self.cache.abandon(step)
+            raise
+        self.cache.commit(step, [item.tokens for item in work], [item.salt for item in work])
+        return logits.float()

@@ -1,0 +1,273 @@
+"""Who runs in the next step. `Scheduler.plan` proposes and changes nothing; the engine commits, one verb for each change.
+
+The order is first come, first served, with no exception: memory and tokens go to the oldest first, the youngest is preempted
+first, and nobody overtakes the head of the queue. The oldest request therefore always moves, so that nobody starves.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from kvfold.engine.state import Branch, Status
+from kvfold.errors import RequestError
+from kvfold.memory.manager import CacheManager, Demand, PoolKey
+from kvfold.memory.reservation import NOTHING
+
+__all__ = ["Admission", "Scheduler", "StepPlan", "Work"]
+
+
+class Work(NamedTuple):
+    """``count`` tokens of a branch from ``start`` on; ``sample``: they are its last, a new token follows."""
+
+    branch: Branch
+    start: int
+    count: int
+    sample: bool
+
+
+class Admission(NamedTuple):
+    """A waiting branch that gets a sequence; ``cached`` tokens come from the prefix index, ``work`` is its first chunk."""
+
+    branch: Branch
+    cached: int
+    work: Work
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What to do next. If ``preempt`` or ``stuck`` is set, that is all there is: do it and plan again."""
+
+    work: tuple[Work, ...] = ()
+    """Chunks of branches that run already: decodes first, then prompts."""
+    admit: tuple[Admission, ...] = ()
+    preempt: Branch | None = None
+    """Must give its blocks back, so that an older one can go on."""
+    stuck: Branch | None = None
+    """Alone, and still without room for a single token: it can only be ended."""
+    blocked: Branch | None = None
+    """Head of the queue, for which there is no room before something is given back."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to run."""
+        return not self.work and not self.admit
+
+
+class Scheduler:
+    """The queue of waiting branches, the list of running ones, and the rule that makes a plan of them."""
+
+    def __init__(
+        self, books: CacheManager, *, max_batched_tokens: int = 512, max_sequences: int = 64
+    ) -> None:
+        """``max_batched_tokens``: tokens of a step; ``max_sequences``: sequences that run at once."""
+        if max_sequences < 1 or max_batched_tokens < max_sequences:
+            raise RequestError(
+                f"max_batched_tokens={max_batched_tokens} with max_sequences={max_sequences}",
+                why="a step must have room for one token of each running sequence",
+                hint="raise max_batched_tokens or lower max_sequences",
+            )
+        self.max_batched_tokens = max_batched_tokens
+        self.max_sequences = max_sequences
+        self._books = books
+        self._block_size = books.block_size
+        self._token_demand = _worst_token(books)
+        self._running: list[Branch] = []
+        self._waiting: deque[Branch] = deque()
+        self._blocked: Branch | None = None
+
+    @property
+    def running(self) -> Sequence[Branch]:
+        """Branches that hold a sequence, oldest first."""
+        return self._running
+
+    @property
+    def waiting(self) -> Sequence[Branch]:
+        """Branches without one, oldest first."""
+        return self._waiting
+
+    # -- the proposal
+
+    def plan(self) -> StepPlan:
+        """The next step. Pure: asked twice it gives the same, and a plan that is dropped leaves nothing behind."""
+        decoding = [b for b in self._running if len(b.tokens) - b.computed == 1]
+        work = [Work(b, b.computed, 1, True) for b in decoding]
+        # Room for every decode whatever its next token needs: the common case, and one question. Only then others may join.
+        taken = _times(self._token_demand, len(decoding))
+        roomy = self._books.fits(taken)
+        if not roomy:
+            work, taken, victim = self._tight_decodes(decoding)
+            if victim is not None:
+                return StepPlan(preempt=victim)
+        budget = self.max_batched_tokens - len(work)
+        owed = taken
+        prompts = [b for b in self._running if len(b.tokens) - b.computed > 1] if len(decoding) < len(self._running) else []
+        for branch in prompts:
+            if budget == 0:
+                break
+            chunk = self._chunk(branch.computed, len(branch.tokens), budget)
+            need = self._books.demand(_seq(branch), chunk)
+            if roomy and not self._books.fits(taken, need):
+                # The decodes may need less than their worst.
+                roomy, taken = False, sum((self._books.demand(_seq(w.branch), w.count) for w in work), NOTHING)
+            if not self._books.fits(taken, need):
+                if branch is not self._running[-1]:
+                    return StepPlan(preempt=self._running[-1])
+                break  # the youngest holds what it has, and waits
+            work.append(_work(branch, branch.computed, chunk))
+            taken += need
+            # A prompt that was admitted is owed the room for all of it; newcomers may not take that.
+            owed += self._books.demand(_seq(branch), len(branch.tokens) - branch.computed)
+            budget -= chunk
+        if not self._running:
+            return self._first()
+        admit, blocked = self._admissions(budget, owed) if roomy else ((), None)
+        if work or admit:
+            return StepPlan(work=tuple(work), admit=admit, blocked=blocked)
+        return self._squeezed()
+
+    def _tight_decodes(self, decoding: Sequence[Branch]) -> tuple[list[Work], Demand, Branch | None]:
+        """Decodes that fit by their exact demand; or the branch to preempt, if an older one does not fit."""
+        work: list[Work] = []
+        taken = NOTHING
+        for branch in decoding:
+            need = self._books.demand(_seq(branch), 1)
+            if not need or self._books.fits(taken, need):
+                work.append(Work(branch, branch.computed, 1, True))
+                taken += need
+            elif branch is not self._running[-1]:
+                return [], NOTHING, self._running[-1]
+        return work, taken, None
+
+    def _admissions(self, budget: int, owed: Demand) -> tuple[tuple[Admission, ...], Branch | None]:
+        """Newcomers beside the running, as long as there is room for the whole of each; and the first that is blocked."""
+        admit: list[Admission] = []
+        slots = self.max_sequences - sum(branch.slots for branch in self._running) if self._waiting else 0
+        for branch in self._waiting:
+            if budget == 0 or branch.slots > slots:
+                break
+            if branch is self._blocked:
+                return tuple(admit), branch
+            cached = self._books.match(branch.tokens, branch.request.salt)
+            # Beside the prompt itself, a block for each completion to grow into: else it is preempted as soon as admitted.
+            owed += self._arrival(branch, cached, len(branch.tokens) - cached)
+            owed += _times(self._token_demand, branch.slots)
+            if not self._books.fits(owed):
+                return tuple(admit), branch
+            chunk = self._chunk(cached, len(branch.tokens), budget)
+            admit.append(Admission(branch, cached, _work(branch, cached, chunk)))
+            slots -= branch.slots
+            budget -= chunk
+        return tuple(admit), None
+
+    def _first(self) -> StepPlan:
+        """Nothing runs: the head of the queue is served if a single token of it fits, and others beside it if all of it does."""
+        if not self._waiting:
+            return StepPlan()
+        admit, _ = self._admissions(self.max_batched_tokens, NOTHING)
+        if admit:
+            return StepPlan(admit=admit)
+        head = self._waiting[0]
+        cached = self._books.match(head.tokens, head.request.salt)
+        chunk = self._chunk(cached, len(head.tokens), self.max_batched_tokens)
+        while chunk and not self._books.fits(self._arrival(head, cached, chunk)):
+            chunk //= 2
+        if not chunk:
+            return StepPlan(stuck=head)
+        return StepPlan(admit=(Admission(head, cached, _work(head, cached, chunk)),))
+
+    def _squeezed(self) -> StepPlan:
+        """Nothing fits beside what is held: the youngest gives way; the last one left goes on in smaller steps."""
+        if len(self._running) > 1:
+            return StepPlan(preempt=self._running[-1])
+        branch = self._running[0]
+        chunk = self._chunk(branch.computed, len(branch.tokens), self.max_batched_tokens)
+        while chunk and not self._books.fits(self._books.demand(_seq(branch), chunk)):
+            chunk //= 2
+        return StepPlan(work=(_work(branch, branch.computed, chunk),)) if chunk else StepPlan(stuck=branch)
+
+    def _arrival(self, branch: Branch, cached: int, count: int) -> Demand:
+        """The demand of ``count`` tokens after ``cached`` ones from the index, which cease to be free when they are taken."""
+        return self._books.demand_for(cached, count, tokens=branch.tokens, salt=branch.request.salt)
+
+    def _chunk(self, start: int, end: int, budget: int) -> int:
+        """Tokens of a prompt to compute now: all that are left, or as many as the budget holds, to the end of a block."""
+        if end - start <= budget:
+            return end - start
+        whole = (start + budget) // self._block_size * self._block_size - start
+        return whole if whole > 0 else budget
+
+    # -- the changes
+
+    def add(self, branch: Branch) -> None:
+        """A new branch goes to the end of the queue."""
+        self._waiting.append(branch)
+
+    def admit(self, branch: Branch, seq: int) -> None:
+        """The head of the queue runs now, on the cache sequence ``seq``."""
+        if branch is not self._waiting[0]:
+            raise ValueError("only the head of the queue can be admitted")
+        self._waiting.popleft()
+        branch.status, branch.seq = Status.RUNNING, seq
+        self.join(branch)
+
+    def join(self, branch: Branch) -> None:
+        """A branch that holds a sequence already (a fork) runs too."""
+        insort(self._running, branch, key=lambda b: b.key)
+
+    def note(self, plan: StepPlan) -> None:
+        """Remember whom a plan found blocked, so that the next ones need not look again before something is given back."""
+        self._blocked = plan.blocked
+
+    def preempt(self, branch: Branch, *, hold: bool = False) -> None:
+        """A running branch, whose sequence has been freed, waits again; with ``hold``, until others give something back."""
+        self._leave(branch, Status.PREEMPTED)
+        self.requeue(branch)
+        if hold and self._running:
+            self._blocked = branch
+
+    def requeue(self, branch: Branch) -> None:
+        """A branch without a sequence takes its place in the queue, in the order of age."""
+        older = 0
+        while older < len(self._waiting) and self._waiting[older].key < branch.key:
+            older += 1
+        self._waiting.insert(older, branch)
+
+    def finish(self, branch: Branch) -> None:
+        """A branch has ended, wherever it was."""
+        if branch.status is Status.RUNNING:
+            self._leave(branch, Status.FINISHED)
+        else:
+            self._waiting.remove(branch)
+            branch.status = Status.FINISHED
+
+    def _leave(self, branch: Branch, status: Status) -> None:
+        self._running.remove(branch)
+        self._blocked = None
+        branch.status, branch.seq, branch.computed = status, None, 0
+
+
+def _worst_token(books: CacheManager) -> Demand:
+    """What one more token of a sequence can need at worst: in each group a new or copied raw block, and a packed one."""
+    blocks: dict[PoolKey, int] = {}
+    for group, spec in enumerate(books.groups):
+        blocks[group, "raw"] = 1
+        blocks[group, "packed"] = int(spec.seals)
+    return Demand(blocks, entries=len(books.groups))
+
+
+def _times(demand: Demand, n: int) -> Demand:
+    return Demand({key: n * count for key, count in demand.items()}, entries=n * demand.entries)
+
+
+def _seq(branch: Branch) -> int:
+    if branch.seq is None:
+        raise ValueError("the branch holds no sequence")
+    return branch.seq
+
+
+def _work(branch: Branch, start: int, count: int) -> Work:
+    return Work(branch, start, count, start + count == len(branch.tokens))

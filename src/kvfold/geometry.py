@@ -1,0 +1,211 @@
+"""The geometry of a model: which layers keep what, in which groups, and how many bytes that makes under a recipe.
+
+A transformers config goes in, plain frozen data comes out. Two layers share a group when they live alike: same kind,
+heads, dims and window. Layers that keep nothing, or read another layer's pages, have no place in a group of their
+own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from kvfold.errors import ModelError
+from kvfold.formats import TABLE_ENTRY_BYTES, PageFormat, VectorFormat, block_counts
+from kvfold.layers import LayerGeometry, LayerKind, read_layers, read_refusals
+from kvfold.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = ["UNBOUNDED", "Geometry", "LayerGeometry", "LayerGroup", "LayerKind"]
+
+UNBOUNDED: Final = 2**31 - 1
+"""``max_positions`` of a model whose config states no limit."""
+
+_MAX_POSITIONS: Final = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_sequence_length",
+    "n_ctx",
+    "seq_length",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGroup:
+    """Layers that live alike, and how their pages look raw and packed (None: nothing is ever packed).
+
+    A block of the group is ``[layer, kv_head]`` pages side by side. ``sinks``, ``recent``: tokens kept raw at either
+    end.
+    """
+
+    name: str
+    layers: tuple[int, ...]
+    kind: LayerKind
+    kv_heads: int
+    k_dim: int
+    v_dim: int
+    window: int | None
+    raw: PageFormat
+    packed: PageFormat | None
+    sinks: int
+    recent: int
+
+    @property
+    def pages_per_block(self) -> int:
+        """Pages of a block: one for each layer and KV head."""
+        return len(self.layers) * self.kv_heads
+
+    @property
+    def raw_block_bytes(self) -> int:
+        """Bytes of a block in the model dtype."""
+        return self.pages_per_block * self.raw.page_bytes
+
+    @property
+    def packed_block_bytes(self) -> int:
+        """Bytes of a sealed block; 0 when nothing is ever packed."""
+        return self.pages_per_block * self.packed.page_bytes if self.packed else 0
+
+    def sequence_bytes(self, length: int) -> int:
+        """Bytes a private sequence of ``length`` stored tokens holds in this group: live blocks and their table
+        entries.
+        """
+        counts = block_counts(
+            length,
+            block_size=self.raw.block_size,
+            kind=self.kind,
+            window=self.window,
+            sinks=self.sinks,
+            recent=self.recent,
+            packs=self.packed is not None,
+        )
+        raw, packed = self.raw_block_bytes + TABLE_ENTRY_BYTES, self.packed_block_bytes + TABLE_ENTRY_BYTES
+        return counts.raw * raw + counts.packed * packed
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """A model as its cache sees it. ``max_positions`` is :data:`UNBOUNDED` where the config states no limit.
+
+    ``refusals``: reasons beyond the layers' kinds why it cannot be served, as :meth:`unsupported` gives them.
+    """
+
+    model_type: str
+    layers: tuple[LayerGeometry, ...]
+    hidden: int
+    vocab: int
+    max_positions: int
+    refusals: tuple[str, ...] = ()
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig) -> Geometry:
+        """The geometry of a transformers config; of its text decoder, when the model has more than that.
+
+        ModelError if the config does not say how many layers or heads there are, or how wide they are.
+        """
+        text = config.get_text_config(decoder=True)
+        return cls(
+            model_type=config.model_type,
+            layers=read_layers(text),
+            hidden=_required(text, "hidden_size", "n_embd", "d_model", "dim"),
+            vocab=_required(text, "vocab_size", "n_vocab"),
+            max_positions=_first(text, *_MAX_POSITIONS) or UNBOUNDED,
+            refusals=tuple(read_refusals(config, text)),
+        )
+
+    def unsupported(self) -> list[str]:
+        """Every reason why no recipe can serve this model; empty when it can be served."""
+        reasons = list(self.refusals)
+        recurrent = [str(layer.index) for layer in self.layers if layer.kind == "recurrent"]
+        if recurrent:
+            reasons.append(f"layers {', '.join(recurrent)} keep a recurrent state, which is not paged")
+        if not reasons and not any(layer.stores for layer in self.layers):
+            reasons.append("no layer keeps keys and values")
+        return reasons
+
+    def groups(self, recipe: Recipe, dtype_bytes: int = 2) -> tuple[LayerGroup, ...]:
+        """The layer groups under ``recipe``, by first layer; ``dtype_bytes``: width of the model dtype."""
+        groups = []
+        for name, members in self._alike().items():
+            first = members[0]
+            raw = VectorFormat.raw(first.k_dim, dtype_bytes), VectorFormat.raw(first.v_dim, dtype_bytes)
+            packed = (
+                recipe.packed_format(first.k_dim, recipe.k_bits, dtype_bytes),
+                recipe.packed_format(first.v_dim, recipe.v_bits, dtype_bytes),
+            )
+            group = LayerGroup(
+                name=name,
+                layers=tuple(layer.index for layer in members),
+                kind=first.kind,
+                kv_heads=first.kv_heads,
+                k_dim=first.k_dim,
+                v_dim=first.v_dim,
+                window=first.window,
+                raw=PageFormat(recipe.block_size, *raw),
+                packed=None if recipe.is_raw else PageFormat(recipe.block_size, *packed),
+                sinks=recipe.sinks,
+                recent=recipe.recent,
+            )
+            groups.append(group)
+        return tuple(groups)
+
+    def layer_slot(self, recipe: Recipe) -> dict[int, tuple[int, int]]:
+        """Layer index -> (group number, place within the group). A layer that shares has the place of its source."""
+        slots = {
+            layer: (number, place)
+            for number, group in enumerate(self.groups(recipe))
+            for place, layer in enumerate(group.layers)
+        }
+        shared = {layer.index: slots[layer.source] for layer in self.layers if layer.source in slots}
+        return dict(sorted({**shared, **slots}.items()))
+
+    def bytes_per_token(self, recipe: Recipe | None = None, dtype_bytes: int = 2) -> float:
+        """Bytes one more token costs in the long run: codes, scales, padding and table entry of the layers without a
+        window.
+
+        The slope of :meth:`cache_bytes` over whole blocks. Layers with a window stop growing and add nothing.
+        """
+        recipe = recipe or Recipe()
+        unbounded = [group for group in self.groups(recipe, dtype_bytes) if group.window is None]
+        per_block = [group.packed_block_bytes or group.raw_block_bytes for group in unbounded]
+        return (sum(per_block) + TABLE_ENTRY_BYTES * len(unbounded)) / recipe.block_size
+
+    def cache_bytes(self, recipe: Recipe | None, dtype_bytes: int, lengths: Sequence[int]) -> int:
+        """Bytes the memory holds for private sequences of ``lengths`` stored tokens: blocks by state, and table
+        entries.
+        """
+        groups = self.groups(recipe or Recipe(), dtype_bytes)
+        return sum(group.sequence_bytes(length) for group in groups for length in lengths)
+
+    def _alike(self) -> dict[str, list[LayerGeometry]]:
+        """Layers that store, by group name, groups in the order of their first layer."""
+        alike: dict[tuple[LayerKind, int, int, int, int | None], list[LayerGeometry]] = {}
+        for layer in self.layers:
+            if layer.stores:
+                key = (layer.kind, layer.kv_heads, layer.k_dim, layer.v_dim, layer.window)
+                alike.setdefault(key, []).append(layer)
+        short = [_short_name(kind, window) for kind, *_, window in alike]
+        return {
+            name if short.count(name) == 1 else f"{name}-{heads}x{k_dim}+{v_dim}": layers
+            for name, ((_, heads, k_dim, v_dim, _), layers) in zip(short, alike.items(), strict=True)
+        }
+
+
+def _short_name(kind: LayerKind, window: int | None) -> str:
+    return kind if window is None else f"{kind}{window}"
+
+
+def _first(config: PreTrainedConfig, *names: str) -> int | None:
+    """The first of these attributes that holds a positive number."""
+    values = (getattr(config, name, None) for name in names)
+    return next((int(value) for value in values if isinstance(value, int) and value > 0), None)
+
+
+def _required(config: PreTrainedConfig, *names: str) -> int:
+    value = _first(config, *names)
+    if value is None:
+        raise ModelError(f"config of {config.model_type!r}", why=f"it has none of {', '.join(names)}")
+    return value

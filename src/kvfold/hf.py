@@ -1,0 +1,282 @@
+"""The drop-in cache for transformers' ``generate()``: ``model.generate(**inputs, past_key_values=KVCache(model, "int4"))``.
+
+Two hooks on the model do the work. Before a forward that carries a :class:`KVCache`, a paged step is opened for the batch and the
+model is switched to the paged attention function; after it, the step is committed and the model is what it was before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from kvfold.cache import PagedCache, SequenceWork, Step
+from kvfold.errors import ModelError, UnsupportedError
+from kvfold.formats import parse_bytes
+from kvfold.geometry import Geometry
+from kvfold.modeling import STEP_KEYWORD, AttentionSwitch, ModelStep
+from kvfold.packed import check_model
+from kvfold.recipe import Recipe
+
+__all__ = ["KVCache"]
+
+_ROLLBACK_TOKENS = 64
+"""What a sliding layer keeps behind its window when a decoding method announces that it will roll back."""
+
+
+class KVCache(Cache):
+    """A paged, packed cache for one ``generate()`` conversation with ``model``.
+
+    ``recipe``: text or :class:`~kvfold.recipe.Recipe`. ``kv_memory``: a hard budget such as ``"2GiB"``; by default the cache grows with
+    its use. ``check``: compare a short paged forward with the stock one first (once for each model).
+
+    Works for greedy search, sampling, beams, assisted decoding, left-padded batches and further turns on the same cache. Padding
+    takes no memory. Raises UnsupportedError with every reason if the model or the recipe cannot work.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        recipe: Recipe | str = "raw",
+        *,
+        kv_memory: str | int | None = None,
+        check: bool = True,
+    ) -> None:
+        if not isinstance(model, PreTrainedModel):
+            raise ModelError(f"KVCache for a {type(model).__name__}", why="it is not a transformers model")
+        super().__init__(layers=[])
+        self.recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
+        self.geometry = Geometry.from_config(model.config)
+        self._budget = None if kv_memory is None else parse_bytes(kv_memory)
+        self._model_step: ModelStep | None = None
+        self._recording = False
+        self._sequences: list[int] = []
+        self._seen = np.zeros((0, 0), dtype=bool)
+        self._hooks = _Hooks.on(model, check=check)
+        self._pages = self._new_pages(model.dtype, model.device)
+
+    # What the hooks call.
+
+    def open_step(self, batch: int, count: int, attention_mask: Tensor | None) -> ModelStep:
+        """Reserves room for ``count`` new positions in each of ``batch`` rows; masked positions (padding) take none."""
+        if not self._sequences:
+            self._sequences = [self._pages.create() for _ in range(batch)]
+            self._seen = np.zeros((batch, 0), dtype=bool)
+        if batch != len(self._sequences):
+            raise UnsupportedError(
+                f"a batch of {batch} on this cache", why=f"it holds {len(self._sequences)} sequences", hint="use a new KVCache"
+            )
+        real = self._real_tokens(batch, count, attention_mask)
+        counts = real.sum(1)
+        work = [SequenceWork(seq, int(n)) for seq, n in zip(self._sequences, counts, strict=True) if n]
+        step = self._pages.begin(work)
+        rows = None if real.all() else torch.from_numpy(np.flatnonzero(real)).to(self._pages.device)
+        self._pending = real
+        self._model_step = ModelStep(step, rows=rows)
+        return self._model_step
+
+    def close_step(self, *, failed: bool) -> None:
+        """Commits the open step, or drops it when the forward failed."""
+        if self._model_step is None:
+            return
+        step, self._model_step = self._model_step.step, None
+        if failed:
+            self._pages.abandon(step)
+        else:
+            self._pages.commit(step)
+            self._seen = np.concatenate((self._seen, self._pending), axis=1)
+
+    def _real_tokens(self, batch: int, count: int, mask: Tensor | None) -> np.ndarray:
+        """bool ``[B, count]``: which new positions are tokens. The mask must agree with what earlier steps said."""
+        if mask is None:
+            return np.ones((batch, count), dtype=bool)
+        past = self._seen.shape[1]
+        if mask.dim() != 2 or mask.shape[1] != past + count:
+            raise UnsupportedError(
+                f"an attention mask of shape {tuple(mask.shape)}", why=f"a 2-D mask of {past + count} columns is needed"
+            )
+        bits = mask.to("cpu", torch.bool).numpy()
+        if (bits[:, :past] != self._seen).any():
+            raise UnsupportedError("a changed attention mask", why="positions already cached cannot be masked or unmasked")
+        return bits[:, past:]
+
+    def _new_pages(self, dtype: torch.dtype, device: torch.device) -> PagedCache:
+        return PagedCache(
+            self.geometry,
+            self.recipe,
+            dtype=dtype,
+            device=device,
+            kv_memory=self._budget,
+            prefix_caching=False,
+            window_margin=_ROLLBACK_TOKENS if self._recording else 0,
+        )
+
+    # What transformers calls.
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Takes a layer's new rows ``[B, H, T, D]`` and hands them back: the attention function reads the past from the pages."""
+        if self._model_step is None:
+            raise ModelError("this KVCache is not in a forward of its model", hint="make it with the model that runs: KVCache(model, ...)")
+        self._model_step.write_latent(key_states, value_states, layer_idx)
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions seen, padding included, as the model counts them."""
+        return int(self._seen.shape[1])
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Position of the next query."""
+        return self.get_seq_length(layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """(length, offset) of the keys of the coming step."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: bounded by memory, not by a length."""
+        return -1
+
+    def reset(self) -> None:
+        """Forgets everything; the memory goes back."""
+        for seq in self._sequences:
+            self._pages.free(seq)
+        self._sequences = []
+        self._seen = np.zeros((0, 0), dtype=bool)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows become forks of the rows ``beam_idx [B]``: tables are copied, pages are shared until they are written."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the rows ``indices``, in that order; a row may be taken more than once."""
+        order = [int(i) for i in indices.tolist()]
+        chosen = [self._pages.fork(self._sequences[i]) for i in order]
+        for seq in self._sequences:
+            self._pages.free(seq)
+        self._sequences, self._seen = chosen, self._seen[order]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row ``repeats`` times, the copies next to each other."""
+        self.batch_select_indices(torch.arange(len(self._sequences)).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes the latest ``-tokens_to_remove`` positions back (a negative count, as in transformers)."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes a negative count of positions to remove, got {tokens_to_remove}")
+        if tokens_to_remove == 0:
+            return
+        kept = max(0, self._seen.shape[1] + tokens_to_remove)
+        self._seen = self._seen[:, :kept]
+        for seq, length in zip(self._sequences, self._seen.sum(1), strict=True):
+            self._pages.truncate(seq, int(length))
+
+    def activate_past_recording(self) -> None:
+        """Told before decoding that will roll back: sliding layers keep some tokens behind their window from here on."""
+        if self._recording:
+            return
+        self._recording = True
+        if not self._sequences and any(layer.window for layer in self.geometry.layers):
+            self._pages = self._new_pages(self._pages.dtype, self._pages.device)
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        """Whether rollback was announced."""
+        return self._recording
+
+    # What people read.
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of all blocks in use: scales, raw tails, slack and tables counted."""
+        return self._pages.bytes_in_use()
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch."""
+        return len(self._sequences)
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: a step's shapes change."""
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether a forward has run on it."""
+        return bool(self._sequences)
+
+    @property
+    def is_croppable(self) -> bool:
+        """True: see :meth:`crop`."""
+        return True
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """For each layer, whether it has a window. Masks are ours, so every layer presents itself as full."""
+        return [False] * len(self.geometry.layers)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """For each layer, whether it keeps a recurrent state: none does, such models are refused."""
+        return [False] * len(self.geometry.layers)
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        """For each layer, whether it stores nothing of its own."""
+        return [layer.kind == "none" or layer.source != layer.index for layer in self.geometry.layers]
+
+    def __len__(self) -> int:
+        return len(self.geometry.layers)
+
+    def __repr__(self) -> str:
+        return f"KVCache({self.recipe}, {len(self._sequences)} x {self.get_seq_length()} tokens, {self.kv_bytes} bytes)"
+
+
+class _Hooks:
+    """The pair of hooks on a model, shared by all its KVCaches. They do nothing in a forward without one."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._switch = AttentionSwitch(model)
+        self._open: list[KVCache] = []
+        self._checked = False
+        model.register_forward_pre_hook(self.before, with_kwargs=True)
+        model.register_forward_hook(self.after, with_kwargs=True, always_call=True)
+
+    @classmethod
+    def on(cls, model: PreTrainedModel, *, check: bool) -> _Hooks:
+        """The hooks of ``model``, put there on first use."""
+        for hook in model._forward_pre_hooks.values():
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, cls):
+                hooks = owner
+                break
+        else:
+            hooks = cls(model)
+        if check and not hooks._checked:
+            check_model(model, Geometry.from_config(model.config))
+            hooks._checked = True
+        return hooks
+
+    def before(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Opens a step if the forward carries a KVCache."""
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, KVCache):
+            return None
+        inputs = next(
+            (x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if isinstance(x, Tensor)), None
+        )
+        if inputs is None:
+            raise ModelError("a forward without input_ids or inputs_embeds")
+        kwargs[STEP_KEYWORD] = cache.open_step(inputs.shape[0], inputs.shape[1], kwargs.get("attention_mask"))
+        self._switch.enter()
+        self._open.append(cache)
+        return args, kwargs
+
+    def after(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Closes the step that :meth:`before` opened. ``output`` is None when the forward raised."""
+        if self._open and kwargs.get("past_key_values") is self._open[-1]:
+            self._switch.leave()
+            self._open.pop().close_step(failed=output is None)

@@ -1,0 +1,357 @@
+"""The memory manager: which blocks exist, who holds them, what fits. Integers only; it never touches the memory itself.
+
+The order of a step: ``adopt`` for new sequences, ``demand``/``fits`` to choose, ``reserve``, then the forward (after
+the copies it asks for), ``commit``, encode what it returns, ``finish_seals``. A reservation that is not committed is
+rolled back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from kvfold.errors import RequestError
+from kvfold.formats import TABLE_ENTRY_BYTES
+from kvfold.memory import sharing, steps
+from kvfold.memory.arena import Arena
+from kvfold.memory.audit import audit
+from kvfold.memory.books import Books
+from kvfold.memory.capacity import UNBOUNDED, Capacity
+from kvfold.memory.pool import BlockPool
+from kvfold.memory.reservation import Copy, Demand, Reservation, Run, Seal, Unseal
+from kvfold.memory.table import GroupSpec, PoolKey, SeqId, State, TableView
+
+__all__ = [
+    "CacheManager",
+    "Copy",
+    "Demand",
+    "GroupSpec",
+    "MemoryStats",
+    "PoolKey",
+    "Reservation",
+    "Run",
+    "Seal",
+    "SeqId",
+    "State",
+    "TableView",
+    "Unseal",
+    "Usage",
+]
+
+_REHEARSALS = 256  # answers of can_ever_fit that are remembered
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryStats:
+    """What has happened since the start. Tokens and blocks."""
+
+    query_tokens: int
+    """Prompt tokens of sequences that took blocks from the prefix index."""
+    hit_tokens: int
+    """Those of them that the index held."""
+    sealed_blocks: int
+    """Raw blocks that were packed (not those packed at once)."""
+    copied_blocks: int
+    """Copies on write."""
+    evictions: int
+    """Cached blocks given up for their room."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Where the memory is. Bytes, unless said otherwise."""
+
+    budget: int
+    """What may be used in all."""
+    arena: int
+    """What is allocated for blocks."""
+    in_use: int
+    """Referenced blocks and block tables."""
+    cached: int
+    """Unreferenced blocks that can still be found."""
+    lent: int
+    """Extents that pools hold."""
+    extents: int
+    """Extents in all, a count."""
+    extents_lent: int
+    """Extents that pools hold, a count."""
+
+    @property
+    def fraction(self) -> float:
+        """The share of the budget that is in use, 0 to 1."""
+        return self.in_use / self.budget
+
+
+class CacheManager:
+    """The books of a KV cache: blocks of ``block_size`` tokens of the layer ``groups``, in ``budget_bytes`` bytes.
+
+    ``growable``: the arena doubles instead of being full (``arena.generation`` tells when). ``fingerprint``: model and
+    recipe; blocks are only found again under the same. Raises BudgetError if the budget holds no block. Not
+    thread-safe.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[GroupSpec],
+        budget_bytes: int,
+        block_size: int,
+        *,
+        growable: bool = False,
+        fingerprint: bytes = b"",
+        prefix_caching: bool = True,
+    ) -> None:
+        if block_size < 1 or not groups:
+            raise ValueError(f"block_size must be positive and groups not empty, got {block_size}, {groups}")
+        self._asked = budget_bytes
+        self._books = Books(
+            groups,
+            budget_bytes,
+            block_size,
+            growable=growable,
+            fingerprint=fingerprint,
+            prefix_caching=prefix_caching,
+        )
+        self._capacity: tuple[int, Capacity] | None = None
+        self._rehearsed: dict[tuple[int, int], bool] = {}
+
+    @property
+    def arena(self) -> Arena:
+        """The arena; allocate ``arena.total_bytes`` bytes, and again when ``arena.generation`` changes."""
+        return self._books.arena
+
+    @property
+    def groups(self) -> tuple[GroupSpec, ...]:
+        """The layer groups."""
+        return self._books.specs
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block."""
+        return self._books.block_size
+
+    def pool(self, group: int, state: str) -> BlockPool:
+        """The pool of a group in a state, ``raw`` or ``packed``; RequestError if the group never packs."""
+        for key, pool in self._books.pools.items():
+            if key == (group, state):
+                return pool
+        raise RequestError(f"group {group} has no {state} blocks")
+
+    # --------------------------------------------------------------------------------------------------- sequences
+
+    def create(self) -> SeqId:
+        """A new, empty sequence."""
+        return sharing.create(self._books)
+
+    def length(self, seq: SeqId) -> int:
+        """Tokens of a sequence."""
+        return self._books.state(seq).length
+
+    def sequences(self) -> tuple[SeqId, ...]:
+        """All sequences, oldest first."""
+        return tuple(self._books.sequences)
+
+    def fork(self, seq: SeqId) -> SeqId:
+        """A sequence with the same tokens in the same blocks; whoever writes to a shared block first copies it.
+
+        Raises CacheFullError if the block tables are full.
+        """
+        return sharing.fork(self._books, seq)
+
+    def free(self, seq: SeqId) -> None:
+        """Ends a sequence; an open reservation is rolled back. Findable blocks stay cached, the first ones longest."""
+        pending = self._books.state(seq).pending
+        if pending is not None:
+            steps.rollback(self._books, pending)
+        sharing.free(self._books, seq)
+
+    def truncate(self, seq: SeqId, length: int) -> tuple[Unseal, ...]:
+        """Keeps the first ``length`` tokens. A packed block that is cut through gets a raw one in its place: decode
+        what is returned, then call `finish_unseals`. UnsupportedError if a window has released what would be needed;
+        CacheFullError if there is no room for the raw block. With an error, nothing has changed.
+        """
+        return sharing.truncate(self._books, seq, length)
+
+    def finish_unseals(self, unseals: Iterable[Unseal]) -> None:
+        """The packed blocks have been decoded and are let go."""
+        self._books.finish_unseals(unseals)
+
+    # ------------------------------------------------------------------------------------------------- prefix cache
+
+    def match(self, tokens: Sequence[int], salt: bytes = b"") -> int:
+        """Tokens that a new sequence beginning with ``tokens`` could take from the index: whole blocks, never all.
+        Pure.
+        """
+        return len(sharing.find(self._books, tokens, salt).hashes) * self._books.block_size
+
+    def adopt(self, seq: SeqId, tokens: Sequence[int], n: int, salt: bytes = b"") -> None:
+        """Attaches the cached blocks of the first ``n`` tokens (from `match`) to the empty sequence ``seq``.
+
+        Adopt before anything else of the step is reserved: reserving may evict. RequestError if the blocks are gone.
+        """
+        sharing.adopt(self._books, seq, tokens, n, salt)
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets all findable blocks; those that nobody references are free."""
+        books = self._books
+        for group, state, block in books.index.blocks():
+            books.index.forget(group, state, block)
+            books.pools[group, state].unmark(block)
+        books.publish_later.clear()
+
+    # -------------------------------------------------------------------------------------------------------- steps
+
+    def demand(self, seq: SeqId, new_tokens: int) -> Demand:
+        """Blocks, by pool, that a step of ``new_tokens`` tokens may need. Pure."""
+        return steps.demand(self._books, self._books.state(seq), new_tokens)
+
+    def demand_for(
+        self, length_before: int, new_tokens: int, *, tokens: Sequence[int] | None = None, salt: bytes = b""
+    ) -> Demand:
+        """The demand of a sequence that does not exist yet and will have adopted ``length_before`` tokens. Pure.
+
+        With ``tokens`` (the prompt), the cached blocks it will adopt count as taken; without, they do not.
+        """
+        books = self._books
+        need = steps.demand_of_new(books, length_before, new_tokens)
+        if tokens is not None and length_before:
+            need = need + sharing.pins(books, sharing.find(books, tokens, salt, exactly=length_before))
+        return need
+
+    def fits(self, *demands: Demand) -> bool:
+        """Whether all ``demands`` can be met at once. Exact for one `reserve`, and for `reserve_many`. Pure."""
+        return self._books.fits(sum(demands, Demand()))
+
+    def reserve(self, seq: SeqId, new_tokens: int) -> Reservation:
+        """Room for ``new_tokens`` more tokens: all of it, or CacheFullError and nothing has changed."""
+        return steps.reserve(self._books, ((seq, new_tokens),))[0]
+
+    def reserve_many(self, wants: Sequence[tuple[SeqId, int]]) -> list[Reservation]:
+        """`reserve` for several sequences: all of them, or CacheFullError and nothing has changed.
+
+        Succeeds exactly if their demands fit together. (One after the other, an early one may take a new extent to
+        spare a cached block, which a later one then lacks.)
+        """
+        return steps.reserve(self._books, wants)
+
+    def commit(
+        self, reservation: Reservation, tokens: Sequence[int] | None = None, salt: bytes | None = None
+    ) -> tuple[Seal, ...]:
+        """Makes the step's tokens part of the sequence, seals and releases blocks.
+
+        Encode the seals that say so, then call `finish_seals`. ``tokens``: the new token ids, so that full blocks can
+        be found; a sequence that once got none is not found beyond that point. ``salt``: who may find them; fixed by
+        the first use.
+        """
+        return steps.commit(self._books, reservation, tokens, salt)
+
+    def finish_seals(self, seals: Iterable[Seal]) -> None:
+        """The packed blocks hold their content: they become findable, and the raw ones are let go."""
+        self._books.finish(seals)
+
+    def rollback(self, reservation: Reservation) -> None:
+        """Undoes a reservation."""
+        steps.rollback(self._books, reservation)
+
+    def table(self, seq: SeqId, group: int) -> TableView:
+        """Live blocks of a sequence in a group, those of an open reservation included. The arrays stay as they are."""
+        return self._books.state(seq).tables[group].make_view()
+
+    def table_version(self, seq: SeqId) -> int:
+        """A number that changes whenever any table of the sequence does; no two sequences ever have the same."""
+        return self._books.state(seq).version
+
+    # ----------------------------------------------------------------------------------------------------- capacity
+
+    def bytes_in_use(self) -> int:
+        """Bytes of referenced blocks and of block tables."""
+        books = self._books
+        blocks = sum(pool.used_blocks * pool.block_bytes for pool in books.pools.values())
+        return blocks + books.entries * TABLE_ENTRY_BYTES
+
+    def bytes_cached(self) -> int:
+        """Bytes of blocks that nobody references and that can still be found."""
+        return sum(pool.cached_blocks * pool.block_bytes for pool in self._books.pools.values())
+
+    def bytes_lent(self) -> int:
+        """Bytes of the extents that pools hold."""
+        return self.arena.lent_extents * self.arena.extent_bytes
+
+    def tokens_capacity(self) -> int:
+        """Tokens that one sequence alone can surely have, growing by one at a time. At most `capacity.UNBOUNDED`."""
+        return self._room().tokens()
+
+    def concurrency(self, length: int) -> float:
+        """Sequences of ``length`` tokens that surely fit at once, at rest, with a fraction for what is left over."""
+        return self._room().concurrency(length)
+
+    def can_ever_fit(self, total_tokens: int, chunk: int) -> bool:
+        """Whether a lone sequence can get to ``total_tokens`` tokens in steps of ``chunk`` (the last one may be
+        shorter).
+
+        Exact for just those steps. If it fits with an extent to spare, any steps of at most ``chunk`` tokens will do.
+        """
+        if total_tokens < 1 or chunk < 1:
+            raise RequestError(f"{total_tokens} tokens in steps of {chunk}", why="both must be positive")
+        if self._books.growable:
+            return True
+        room, key = self._room(), (total_tokens, min(chunk, total_tokens))
+        if room.surely_fits(*key):
+            return True
+        if room.cannot_fit(total_tokens):
+            return False
+        if key not in self._rehearsed:
+            if len(self._rehearsed) >= _REHEARSALS:
+                self._rehearsed.clear()
+            self._rehearsed[key] = self._rehearse(*key)
+        return self._rehearsed[key]
+
+    def _rehearse(self, total_tokens: int, chunk: int) -> bool:
+        """Takes the steps with books of its own."""
+        books = Books(self.groups, self._asked, self.block_size, growable=False, fingerprint=b"", prefix_caching=False)
+        seq = sharing.create(books)
+        state = books.state(seq)
+        while state.length < total_tokens:
+            step = min(chunk, total_tokens - state.length)
+            quiet = (min(state.quiet_until, total_tokens) - state.length) // chunk * chunk
+            step = max(step, quiet)  # steps that change nothing are one
+            if not books.fits(steps.demand(books, state, step)):
+                return False
+            reservation = steps.reserve(books, ((seq, step),))[0]
+            books.finish(steps.commit(books, reservation, None, None))
+        return True
+
+    def _room(self) -> Capacity:
+        books = self._books
+        if self._capacity is None or self._capacity[0] != self.arena.generation:
+            n_extents = UNBOUNDED if books.growable else self.arena.n_extents
+            per_extent = {key: pool.blocks_per_extent for key, pool in books.pools.items()}
+            self._capacity = (self.arena.generation, Capacity(books.specs, books.block_size, n_extents, per_extent))
+        return self._capacity[1]
+
+    def usage(self) -> Usage:
+        """Where the memory is now."""
+        arena = self.arena
+        return Usage(
+            budget=max(self._books.budget_bytes, arena.budget_bytes),
+            arena=arena.total_bytes,
+            in_use=self.bytes_in_use(),
+            cached=self.bytes_cached(),
+            lent=self.bytes_lent(),
+            extents=arena.n_extents,
+            extents_lent=arena.lent_extents,
+        )
+
+    def stats(self) -> MemoryStats:
+        """What has happened since the start."""
+        books = self._books
+        return MemoryStats(
+            query_tokens=books.query_tokens,
+            hit_tokens=books.hit_tokens,
+            sealed_blocks=books.sealed_blocks,
+            copied_blocks=books.copied_blocks,
+            evictions=sum(pool.evictions for pool in books.pools.values()),
+        )
+
+    def check(self) -> None:
+        """Raises AssertionError if any invariant of the books is broken. Slow: for tests."""
+        audit(self._books)

@@ -1,0 +1,1 @@
+"""Quality measurement: recall tasks and scores."""

@@ -1,0 +1,139 @@
+"""The main job in two minutes: one real document, planted facts, the same questions under several recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvfold.engine import Engine, SamplingParams
+from kvfold.engine.runner import ModelRunner
+from kvfold.quality.forced import teacher_force
+from kvfold.quality.metrics import agreement
+from kvfold.quality.tasks import Document, demo_document
+from kvfold.recipe import Recipe
+
+__all__ = ["DEMO_RECIPES", "Answer", "DemoRow", "run_demo"]
+
+DEMO_RECIPES = ("raw", "int8", "int4", "k4v2", "int2")
+_ANSWER_TOKENS = 16
+_DECODE_STEPS = 48
+_SCORED_FROM = 256  # before that, most of the context is still inside the sinks and the recent window
+_POOL_BYTES = 64 << 20
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the model said to one question."""
+
+    question: str
+    expected: str
+    said: str
+
+    @property
+    def right(self) -> bool:
+        """Exact match."""
+        return self.said.strip() == self.expected
+
+
+@dataclass(frozen=True, slots=True)
+class DemoRow:
+    """One recipe on the demo's document. ``compression``: bytes of ``raw`` over ``kv_bytes``, for the same tokens.
+
+    ``kl`` (nats, mean) and ``top1_agreement`` compare with ``raw`` over ``positions`` teacher-forced tokens.
+    """
+
+    recipe: str
+    kv_bytes: int
+    compression: float
+    decode_tok_s: float
+    answers_right: int
+    answers_total: int
+    kl: float
+    kl_p99: float
+    top1_agreement: float
+    positions: int
+    context_tokens: int
+    answers: tuple[Answer, ...]
+
+    def as_json(self) -> dict[str, object]:
+        """Plain data."""
+        return asdict(self)
+
+
+def run_demo(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    recipes: Sequence[str] = DEMO_RECIPES,
+    target_tokens: int = 1800,
+    seed: int = 0,
+    say: Say = lambda _: None,
+) -> tuple[Document, list[DemoRow]]:
+    """Asks every question of the document under every recipe; ``raw`` always runs first, as the yardstick.
+
+    ``say`` is told what is happening, one line at a time.
+    """
+    document = demo_document(seed, target_tokens, lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
+    prompts = [_ask(tokenizer, document.text, question) for question, _ in document.facts]
+    forced = _transcript(tokenizer, document)
+    rows: list[DemoRow] = []
+    reference = None
+    raw_bytes = 0
+    for text in ["raw", *(recipe for recipe in recipes if recipe != "raw")]:
+        say(f"{text}: reading {len(forced)} tokens")
+        runner = ModelRunner(model, recipe=Recipe.parse(text), kv_memory=_POOL_BYTES, check=reference is None)
+        result = teacher_force(runner, forced, score_from=_SCORED_FROM, decode_steps=_DECODE_STEPS)
+        runner.release()
+        if reference is None:
+            reference, raw_bytes = result.logits, result.kv_bytes
+        against = agreement(reference, result.logits)
+        say(f"{text}: answering {len(prompts)} questions")
+        answers = _answers(model, tokenizer, text, prompts, document)
+        if text != "raw" or "raw" in recipes:
+            rows.append(
+                DemoRow(
+                    recipe=text,
+                    kv_bytes=result.kv_bytes,
+                    compression=raw_bytes / result.kv_bytes,
+                    decode_tok_s=result.decode_tok_s,
+                    answers_right=sum(answer.right for answer in answers),
+                    answers_total=len(answers),
+                    kl=against.kl_mean,
+                    kl_p99=against.kl_p99,
+                    top1_agreement=against.top1,
+                    positions=against.positions,
+                    context_tokens=len(forced),
+                    answers=answers,
+                )
+            )
+    return document, rows
+
+
+def _answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: str, prompts: Sequence[list[int]], document: Document
+) -> tuple[Answer, ...]:
+    with Engine(model, tokenizer=tokenizer, recipe=recipe, kv_memory=_POOL_BYTES) as engine:
+        outputs = engine.generate(list(prompts), SamplingParams(max_tokens=_ANSWER_TOKENS), progress=False)
+    return tuple(
+        Answer(question, expected, output.text)
+        for (question, expected), output in zip(document.facts, outputs, strict=True)
+    )
+
+
+def _ask(tokenizer: PreTrainedTokenizerBase, text: str, question: str) -> list[int]:
+    messages = [{"role": "user", "content": f"{text}\n\n{question}"}]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer.encode(rendered, add_special_tokens=False)
+
+
+def _transcript(tokenizer: PreTrainedTokenizerBase, document: Document) -> list[int]:
+    """The document and all questions with their right answers, as one conversation."""
+    messages = []
+    for i, (question, answer) in enumerate(document.facts):
+        messages.append({"role": "user", "content": f"{document.text}\n\n{question}" if i == 0 else question})
+        messages.append({"role": "assistant", "content": answer})
+    return tokenizer.encode(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False)

@@ -1,0 +1,148 @@
+"""Pieces of attention against the float32 reference: permuted pages, odd lengths, NaN beside the valid rows, every dtype."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kvfold.attention.decode import attend_decode
+from kvfold.attention.merge import merge, with_sinks
+from kvfold.attention.pieces import LayerCall
+from kvfold.attention.prefill import attend_prefill
+from kvfold.attention.tables import Blocks, DecodeTables, GroupPages, SequencePages, past_spans
+from kvfold.codecs.pages import PageStore
+from kvfold.formats import PageFormat, VectorFormat
+from kvfold.kernels.dense import DenseCall, dense_registry
+from kvfold.kernels.reference import attend
+
+SIZE, HEADS, DIM, QUERIES, LAYERS, LAYER = 8, 2, 16, 6, 3, 2
+LENGTHS = [21, 5, 40, 700]
+ARENA = 8 << 20
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+KINDS = [("full", None), ("sliding", 6), ("chunked", 7), ("sliding", 300)]
+EMPTY = Blocks(np.zeros(0, np.int64), np.zeros(0, np.int64))
+
+
+class Paged:
+    """Sequences of ``LENGTHS`` in randomly placed pages of a NaN-filled arena; unused rows of a last page are zero."""
+
+    def __init__(self, dtype: torch.dtype, kind: str, window: int | None) -> None:
+        generator = torch.Generator().manual_seed(0)
+        raw = VectorFormat.raw(DIM, dtype.itemsize)
+        store = PageStore(torch.full((ARENA,), 255, dtype=torch.uint8), PageFormat(SIZE, raw, raw), dtype)
+        self.group = GroupPages(store, None, HEADS, kind, window)
+        block = LAYERS * self.group.layer_bytes(store)
+        order = np.random.default_rng(0).permutation(ARENA // block)
+        self.k = [torch.randn(n, HEADS, DIM, generator=generator).to(dtype) for n in LENGTHS]
+        self.v = [torch.randn(n, HEADS, DIM, generator=generator).to(dtype) for n in LENGTHS]
+        self.pages = []
+        for k, v in zip(self.k, self.v, strict=True):
+            count = -(-len(k) // SIZE)
+            offset, order = order[:count].astype(np.int64) * block, order[count:]
+            self.pages.append(SequencePages(Blocks(offset, np.arange(count) * SIZE), EMPTY))
+            padding = (0, 0, 0, 0, 0, count * SIZE - len(k))
+            rows = [torch.nn.functional.pad(x, padding) for x in (k, v)]
+            addr = self.group.addresses(store, np.repeat(offset, SIZE)[:, None])[..., 0]
+            slot = (torch.arange(count * SIZE) % SIZE)[:, None].expand(-1, HEADS)
+            addr = addr + LAYER * self.group.layer_bytes(store)
+            store.write_rows(addr.reshape(-1), slot.reshape(-1), rows[0].flatten(0, 1), rows[1].flatten(0, 1))
+
+    def reference(self, i: int, q: Tensor, first: int, call: LayerCall) -> tuple[Tensor, Tensor]:
+        length = first + q.shape[0]
+        return attend(
+            q, self.k[i][:length], self.v[i][:length], q_pos=torch.arange(first, length), k_pos=torch.arange(length),
+            scale=call.scale, softcap=call.softcap, sinks=call.sinks,
+            window=call.window if call.kind == "sliding" else None, chunk=call.window if call.kind == "chunked" else None,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize(("kind", "window"), KINDS)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_decode_agrees_with_the_reference(dtype: torch.dtype, kind: str, window: int | None, softcap: float | None) -> None:
+    paged = Paged(dtype, kind, window)
+    sinks = torch.linspace(-1, 1, QUERIES)
+    call = LayerCall(scale=0.3, kind=kind, window=window, softcap=softcap, sinks=sinks)
+    q = torch.randn(len(LENGTHS), QUERIES, DIM).to(dtype)
+    tables = DecodeTables(paged.group, paged.pages, np.arange(len(LENGTHS)))
+    seen = []
+    for bucket in tables.at(np.asarray(LENGTHS) - 1, len(LENGTHS)):
+        rows = list(range(len(LENGTHS))) if bucket.rows is None else bucket.rows.tolist()
+        o, lse = with_sinks(attend_decode(q[rows], LAYER, bucket.pieces, call, dense_registry()), sinks)
+        for at, row in enumerate(rows):
+            want_o, want_lse = paged.reference(row, q[row : row + 1], LENGTHS[row] - 1, call)
+            assert (o[at].float() - want_o[0]).abs().max() <= TOLERANCE[dtype]
+            assert (lse[at] - want_lse[0]).abs().max() <= TOLERANCE[dtype]
+        seen += rows
+    assert sorted(seen) == list(range(len(LENGTHS)))
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize(("kind", "window"), KINDS)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("i", range(len(LENGTHS)))
+def test_prefill_over_a_past_agrees_with_the_reference(
+    dtype: torch.dtype, kind: str, window: int | None, softcap: float | None, i: int
+) -> None:
+    paged = Paged(dtype, kind, window)
+    call = LayerCall(scale=0.3, kind=kind, window=window, softcap=softcap)
+    for first in (0, LENGTHS[i] // 2, LENGTHS[i] - 2):
+        q = torch.randn(LENGTHS[i] - first, QUERIES, DIM).to(dtype)
+        past = past_spans(paged.group, paged.pages[i], first)
+        piece = attend_prefill(q, paged.k[i][first:], paged.v[i][first:], first, LAYER, past, call, dense_registry())
+        want_o, want_lse = paged.reference(i, q, first, call)
+        assert (piece[0].float() - want_o).abs().max() <= TOLERANCE[dtype]
+        assert (piece[1] - want_lse).abs().max() <= TOLERANCE[dtype]
+
+
+def test_merge_of_any_split_is_the_whole() -> None:
+    q, k, v = torch.randn(3, 4, 8), torch.randn(50, 2, 8), torch.randn(50, 2, 8)
+
+    def part(a: int, b: int) -> tuple[Tensor, Tensor]:
+        return attend(
+            q, k[a:b], v[a:b], q_pos=torch.full((3,), 50), k_pos=torch.arange(a, b), scale=0.4, causal=True
+        )  # fmt: skip
+
+    whole = part(0, 50)
+    for cuts in ([0, 50], [0, 1, 50], [0, 7, 20, 21, 50]):
+        o, lse = merge([part(a, b) for a, b in zip(cuts, cuts[1:], strict=False)])
+        assert torch.allclose(o, whole[0], atol=1e-5)
+        assert torch.allclose(lse, whole[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["flash_cpu", "matmul"])
+@pytest.mark.parametrize(("dim", "value_dim"), [(16, 16), (24, 16), (16, 24)])
+def test_every_dense_implementation_agrees_with_the_reference(name: str, dim: int, value_dim: int) -> None:
+    registry = dense_registry()
+    run = {impl.name: impl.run for impl in registry.implementations("attend_dense")}[name]
+    q, k, v = torch.randn(2, 3, 7, dim), torch.randn(2, 3, 7, dim), torch.randn(2, 3, 7, value_dim)
+    o, lse = run(DenseCall(q=q, k=k, v=v, scale=0.2, causal=True))
+    for b in range(2):
+        flat = [x[b].transpose(0, 1) for x in (q, k, v)]
+        want_o, want_lse = registry.reference("attend_dense")(
+            *flat, q_pos=torch.arange(7), k_pos=torch.arange(7), scale=0.2
+        )
+        assert torch.allclose(o[b].transpose(0, 1), want_o, atol=1e-5)
+        assert torch.allclose(lse[b].transpose(0, 1), want_lse, atol=1e-5)
+
+
+def test_a_row_that_sees_nothing_stays_finite_and_weighs_nothing() -> None:
+    registry = dense_registry()
+    q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 5, 8)
+    blind = torch.full((1, 1, 3, 5), torch.finfo(torch.float32).min)
+    for impl in registry.implementations("attend_dense"):
+        nothing = impl.run(DenseCall(q=q, k=k, v=k, scale=0.2, bias=blind))
+        some = impl.run(DenseCall(q=q, k=k, v=k, scale=0.2))
+        o, lse = merge([some, nothing])
+        assert torch.allclose(o, some[0], atol=1e-6)
+        assert torch.allclose(lse, some[1], atol=1e-6)
+
+
+def test_the_registry_says_why() -> None:
+    q = torch.randn(1, 1, 1, 4)
+    call = DenseCall(q=q, k=q, v=q, scale=1.0, softcap=30.0)
+    verdicts = dict(dense_registry().explain("attend_dense", call))
+    assert verdicts["matmul"] == "chosen"
+    assert "soft-capping" in verdicts["flash_cpu"]
