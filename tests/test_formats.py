@@ -1,11 +1,13 @@
 """Layout arithmetic against pages really laid out, sealing and release against a sequence stepped token by token."""
 
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvfold.errors import BudgetError
+from kvfold.errors import BudgetError, KVFoldError, UnsupportedError
 from kvfold.formats import (
     PageFormat,
     VectorFormat,
@@ -170,6 +172,17 @@ def test_sealing_and_release_equal_a_sequence_stepped_token_by_token(life, token
         assert counts == (list(states.values()).count("raw"), list(states.values()).count("packed"))
         assert last <= sealed.stop
         last = sealed.stop
+
+
+def test_errors_read_what_why_and_hint():
+    assert str(KVFoldError("pool")) == "pool"
+    assert str(KVFoldError("pool", why="too small", hint="double it")) == "pool: too small\nhint: double it"
+    many = UnsupportedError("model x", ["it sees", "it hears"])
+    assert (many.reasons, str(many)) == (["it sees", "it hears"], "model x: it sees; it hears")
+    one = UnsupportedError("model x", why="it sees", hint="close its eyes")
+    assert (one.reasons, one.why) == (["it sees"], "it sees")
+    copy = pickle.loads(pickle.dumps(one))
+    assert (str(copy), copy.reasons, copy.hint) == (str(one), one.reasons, one.hint)
 
 
 def test_no_window_releases_nothing():

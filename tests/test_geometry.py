@@ -98,7 +98,7 @@ def test_heterogeneous_layers():
         ("qwen3_next", {"num_hidden_layers": 4}, "layers 0, 1, 2 keep a recurrent state"),
         ("mamba", {"num_hidden_layers": 2}, "layers 0, 1 keep a recurrent state"),
         ("falcon_h1", {"num_hidden_layers": 1}, "layers 0 keep a recurrent state"),
-        ("deepseek_v32", {"num_hidden_layers": 2}, "indexed_attention"),
+        ("deepseek_v32", {"num_hidden_layers": 2}, "keeps more than keys and values"),
         ("bart", {}, "encoder-decoder"),
         ("t5", {}, "encoder-decoder"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "bidirectional"),
@@ -112,7 +112,7 @@ def test_what_cannot_be_served_is_said(model_type, options, reason):
     assert Recipe(4, 4).supports(geometry) == geometry.unsupported()
 
 
-@pytest.mark.parametrize("model_type", ["vit", "resnet", "lxmert"])
+@pytest.mark.parametrize("model_type", ["vit", "resnet", "lxmert", "rt_detr"])
 def test_a_config_that_does_not_say_enough(model_type):
     with pytest.raises(ModelError, match=model_type):
         Geometry.from_config(CONFIG_MAPPING[model_type]())

@@ -261,8 +261,9 @@ def test_many_pages_in_parts_are_the_same_pages():
     """More rows than are encoded at a time."""
     fmt = PageFormat(32, *(VectorFormat(10, 4, quantized=True, group=10, rotation="none"),) * 2)
     store = PageStore(poisoned(300 * fmt.page_bytes), fmt, torch.float32)
-    addr = torch.randperm(300) * fmt.page_bytes
-    k, v = torch.randn(300, 32, 10), torch.randn(300, 32, 10)
+    generator = torch.Generator().manual_seed(7)
+    addr = torch.randperm(300, generator=generator) * fmt.page_bytes
+    k, v = torch.randn(2, 300, 32, 10, generator=generator)
     store.write_pages(addr, k, v)
     assert torch.equal(store.read_k(addr).view_as(k), stored(k, fmt.k, store))
     by_pages = store.arena.clone()
@@ -365,7 +366,7 @@ def test_an_arena_inside_a_larger_buffer():
     arena = buffer[48 : 48 + 4 * fmt.page_bytes]
     store = PageStore(arena, fmt, torch.float32)
     addr = torch.tensor([0, 3]) * fmt.page_bytes
-    k, v = torch.randn(2, 4, 8), torch.randn(2, 4, 8)
+    k, v = torch.randn(2, 2, 4, 8, generator=torch.Generator().manual_seed(8))
     store.write_pages(addr, k, v)
     assert torch.equal(store.read_v(addr).view_as(v), v)
     assert torch.equal(store.read_k(addr).view_as(k), stored(k, fmt.k, store))

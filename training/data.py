@@ -33,7 +33,7 @@ Weights = NDArray[np.float32]
 
 #: Weights of a token of ordinary text, of a repeated span, of a repeated value, and of an answer.  Only a tenth of a conversation is answer,
 #: so these make the three kinds of sequence weigh about the same.
-TEXT_WEIGHT, SPAN_WEIGHT, ECHO_WEIGHT, ANSWER_WEIGHT = 0.1, 0.2, 0.4, 1.0
+TEXT_WEIGHT, SPAN_WEIGHT, ECHO_WEIGHT, ANSWER_WEIGHT = 0.1, 1.0, 1.0, 1.0
 
 
 @dataclass(slots=True)
@@ -99,7 +99,7 @@ class Source:
 
     def _spans(self, length: int, rng: random.Random) -> tuple[Ids, Weights]:
         """A span of random words and digits, and then pieces of it again: the plainest reason to look back."""
-        pool = self.words if rng.random() < 0.7 else range(5, len(self.tokenizer))
+        pool = self.words if rng.random() < 0.9 else range(5, len(self.tokenizer))
         span = np.asarray(rng.choices(pool, k=rng.randint(min(16, length // 4), length // 2)), np.int64)
         parts, weights = [span], [np.zeros(len(span), np.float32)]
         filled = len(span)
@@ -123,7 +123,7 @@ class Source:
         while filled < length:
             for line in rng.sample(coded, len(coded)):
                 weight = np.zeros(len(line), np.float32)
-                weight[-6:-1] = ECHO_WEIGHT  # the five digits before the line's end
+                weight[-5:-1] = ECHO_WEIGHT  # the four digits before the line's end
                 parts.append(line)
                 weights.append(weight)
                 filled += len(line)

@@ -110,7 +110,7 @@ class PagedCache:
         self._arena = torch.zeros(self.manager.arena.total_bytes, dtype=torch.uint8, device=self.device)
         self._generation = self.manager.arena.generation
         self._pages = [_group_pages(group, self._arena, dtype) for group in self.groups]
-        self._decode_tables: list[tuple[tuple[tuple[int, int], ...], DecodeTables] | None] = [None] * len(self.groups)
+        self._decode_tables: list[tuple[tuple[tuple[int, int, int], ...], DecodeTables] | None] = [None] * len(self.groups)
 
     def create(self) -> int:
         """A new, empty sequence."""
@@ -250,7 +250,7 @@ class PagedCache:
         prefill: list[_Prefill] = []
         first = 0
         for i, r in enumerate(reservations):
-            if r.new_tokens == 1:
+            if r.new_tokens == 1 and r.runs[g]:  # the last token of a chunk may have no page: no later query reads it
                 decoding.append(i)
                 rows.append(first)
             else:
@@ -259,10 +259,11 @@ class PagedCache:
             first += r.new_tokens
         buckets: tuple[DecodeBucket, ...] = ()
         if decoding:
-            key = tuple((reservations[i].seq, self.manager.table_version(reservations[i].seq)) for i in decoding)
+            members = [reservations[i].seq for i in decoding]
+            key = tuple((row, seq, self.manager.table_version(seq)) for row, seq in zip(rows, members, strict=True))
             cached = self._decode_tables[g]
-            if cached is None or cached[0] != (key := (*key, (-1, first))):
-                sequences = [self._sequence_pages(g, reservations[i].seq) for i in decoding]
+            if cached is None or cached[0] != key:
+                sequences = [self._sequence_pages(g, seq) for seq in members]
                 cached = (key, DecodeTables(pages, sequences, np.asarray(rows)))
                 self._decode_tables[g] = cached
             positions = np.asarray([reservations[i].start for i in decoding])

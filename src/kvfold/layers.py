@@ -141,6 +141,8 @@ def _layer_types(config: PreTrainedConfig) -> list[tuple[str, PreTrainedConfig]]
     # Releases differ: layers that share come as type "dummy", which layers without attention do too, or are left out.
     types += ["dummy"] * (config.num_hidden_layers - len(types))
     named = getattr(config, "layer_types", None) or types
+    if len(named) != len(types):
+        raise ModelError(f"config of {config.model_type!r}", why="its layer_types do not go with its number of layers")
     types = [
         (_SHARED if name not in ("moe", "mlp") else name) if layer_type == "dummy" else layer_type
         for layer_type, name in zip(types, named, strict=True)
@@ -156,7 +158,7 @@ def _window(kind: LayerKind, layer_config: PreTrainedConfig) -> int | None:
 
 
 def _shared(config: PreTrainedConfig, before: Sequence[LayerGeometry], index: int) -> LayerGeometry:
-    """Layer ``index`` on the pages of an earlier one: that which the config names, or the last of its type that stores."""
+    """Layer ``index`` on the pages of an earlier one: which the config names, or the last of its type that stores."""
     named: Sequence[int] | None = getattr(config, "kv_source_layers", None)
     types: Sequence[str] = config.layer_types
     alike = [layer.index for layer in before if layer.stores and types[layer.index] == types[index]]

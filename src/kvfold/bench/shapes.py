@@ -40,4 +40,5 @@ def random_model(shape: str, *, dtype: torch.dtype, max_positions: int, seed: in
     )
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model.eval()
+    model.eval()
+    return model

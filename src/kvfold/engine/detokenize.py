@@ -1,7 +1,7 @@
 """Tokens to text, one at a time: whole characters only, and stop strings that may straddle tokens.
 
-A token need not be a character: `TextStream` holds tokens back until their text no longer ends in a cut-off character, and
-decodes each piece together with the piece before it, so that spaces between tokens come out as in the whole text.
+A token need not be a character: `TextStream` holds tokens back until their text no longer ends in a cut-off character,
+and decodes each piece together with the piece before it, so that spaces between tokens come out as in the whole text.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ class TextStream:
         """The stop string that was met."""
 
     def push(self, token: int, *, search: bool = True) -> bool:
-        """Append a token; True if a stop string is complete now. ``search=False``: its text may not hold a stop string."""
+        """Append a token; True if a stop string is complete now. ``search=False``: its text may not hold a stop
+        string.
+        """
         self._tokens.append(token)
         piece = self._piece(final=False)
         if not search:

@@ -85,7 +85,9 @@ class Intake:
         if isinstance(prompt, str):
             return self._checked(self._need("a text").encode(prompt))
         if not isinstance(prompt, Sequence):
-            raise RequestError(f"bad prompt of type {type(prompt).__name__}", hint="a text, token ids, or chat messages")
+            raise RequestError(
+                f"bad prompt of type {type(prompt).__name__}", hint="a text, token ids, or chat messages"
+            )
         if prompt and all(isinstance(item, Mapping) for item in prompt):
             return self._checked(self._chat([dict(item) for item in prompt if isinstance(item, Mapping)]))
         return self._checked(prompt)
@@ -93,7 +95,9 @@ class Intake:
     def _chat(self, messages: list[dict[str, Any]]) -> Any:
         tokenizer = self._need("chat messages")
         if not tokenizer.chat_template:
-            raise RequestError("chat messages", why="the tokenizer has no chat template", hint="give the prompt as a text")
+            raise RequestError(
+                "chat messages", why="the tokenizer has no chat template", hint="give the prompt as a text"
+            )
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return tokenizer.encode(text, add_special_tokens=False)
 

@@ -43,7 +43,8 @@ def load(
         ) from error
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval(), tokenizer
+    model.to(device)  # type: ignore[arg-type] # transformers' decorator hides the signature of torch's `to`
+    return model.eval(), tokenizer
 
 
 def _resolve(path: str | Path) -> str:
@@ -59,7 +60,9 @@ def _resolve(path: str | Path) -> str:
         return str(path)
     text = str(path)
     if isinstance(path, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or not text:
-        raise ModelError(f"no model at {text!r}", why="no such directory", hint="give a directory, a hub id, or 'bundled'")
+        raise ModelError(
+            f"no model at {text!r}", why="no such directory", hint="give a directory, a hub id, or 'bundled'"
+        )
     return text
 
 
@@ -75,7 +78,9 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that could be allocated on ``device`` now; for the CPU without swapping, and within the container's limit."""
+    """Bytes that could be allocated on ``device`` now; for the CPU without swapping, and within the container's
+    limit.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     limits = [_meminfo() or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]

@@ -34,8 +34,8 @@ GREEDY_BELOW = 1e-5
 class SamplingParams:
     """How the tokens of a request are chosen and when it ends. Names as in vLLM; the default is greedy.
 
-    The order of work on the logits: ``min_tokens`` (end tokens barred), repetition penalty, presence and frequency penalty,
-    temperature, top-k, top-p, min-p. Log-probabilities are those of the model's logits, before any of it.
+    The order of work on the logits: ``min_tokens`` (end tokens barred), repetition penalty, presence and frequency
+    penalty, temperature, top-k, top-p, min-p. Log-probabilities are those of the model's logits, before any of it.
     """
 
     n: int = 1
@@ -65,7 +65,9 @@ class SamplingParams:
     min_tokens: int = 0
     """No end token and no stop string before this many tokens."""
     seed: int | None = None
-    """Seed of this request's draws (completion ``i`` of ``n`` uses ``seed + i``); None: drawn from the engine's seed."""
+    """Seed of this request's draws (completion ``i`` of ``n`` uses ``seed + i``); None: drawn from the engine's
+    seed.
+    """
     logprobs: int | None = None
     """Report the log-probability of each chosen token, and of so many likeliest ones; None: of none."""
     include_stop_str_in_output: bool = False
@@ -74,11 +76,11 @@ class SamplingParams:
     """Leave special tokens out of the text."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
         for name in ("stop", "stop_token_ids"):
-            value = getattr(self, name)
-            if value is None or isinstance(value, list):
+            value: object = getattr(self, name)
+            if isinstance(value, str):
+                object.__setattr__(self, name, (value,))
+            elif value is None or isinstance(value, list):
                 object.__setattr__(self, name, tuple(value or ()))
         self._check_counts()
         self._check_numbers()
@@ -114,10 +116,12 @@ class SamplingParams:
         _number("frequency_penalty", self.frequency_penalty, low=-2.0, high=2.0, hint="0 is none")
 
     def _check_stops(self) -> None:
-        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
-            raise _bad("stop", self.stop, "texts that are not empty are needed")
-        if not isinstance(self.stop_token_ids, tuple):
-            raise _bad("stop_token_ids", self.stop_token_ids, "a list of token ids is needed")
+        stop: object = self.stop
+        if not isinstance(stop, tuple) or not all(isinstance(text, str) and text for text in stop):
+            raise _bad("stop", stop, "texts that are not empty are needed")
+        stop_ids: object = self.stop_token_ids
+        if not isinstance(stop_ids, tuple):
+            raise _bad("stop_token_ids", stop_ids, "a list of token ids is needed")
         for token in self.stop_token_ids:
             _whole("stop_token_ids", token, low=0)
 
@@ -177,6 +181,7 @@ class RequestOutput:
     request_id: str
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
+    """By index; fewer than ``n`` only if the request ended before its prompt was computed."""
     num_cached_tokens: int = 0
     """Prompt tokens taken from the prefix index instead of computed."""
     error: KVFoldError | None = None

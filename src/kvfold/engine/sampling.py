@@ -1,11 +1,11 @@
 """From logits to tokens, for a whole batch at once.
 
-All plain greedy rows cost one reduction. Other rows are worked on together where they can be: a request's draw needs one
-uniform number from its own generator and arithmetic on its own row, so its tokens do not depend on its neighbours.
+All plain greedy rows cost one reduction. Other rows are worked on together where they can be: a request's draw needs
+one uniform number from its own generator and arithmetic on its own row, so its tokens do not depend on its neighbours.
 
-transformers' processors are used where they serve (repetition penalty). Its top-k, top-p and min-p warpers sort the whole
-vocabulary for every row, which costs more than a small model's step; here only the candidates are sorted. The result is the
-same set of tokens, except that top-k keeps exactly ``k`` where equal logits straddle the border.
+transformers' processors are used where they serve (repetition penalty). Its top-k, top-p and min-p warpers sort the
+whole vocabulary for every row, which costs more than a small model's step; here only the candidates are sorted. The
+result is the same set of tokens, except that top-k keeps exactly ``k`` where equal logits straddle the border.
 """
 
 from __future__ import annotations
@@ -206,9 +206,7 @@ def _draw(scores: torch.Tensor, uniform: torch.Tensor, top_k: int, top_p: float,
     return picked if ids is None else ids.gather(1, picked[:, None])[:, 0]
 
 
-def _draw_nucleus(
-    scores: torch.Tensor, uniform: torch.Tensor, top_p: float, min_p: float, width: int
-) -> torch.Tensor:
+def _draw_nucleus(scores: torch.Tensor, uniform: torch.Tensor, top_p: float, min_p: float, width: int) -> torch.Tensor:
     """As `_draw` with top-p alone, on the ``width`` likeliest tokens; rows for which they do not do go round again."""
     width = min(width, scores.shape[-1])
     candidates, ids = scores.topk(width, dim=-1)
@@ -222,7 +220,9 @@ def _draw_nucleus(
 
 
 def _nucleus(candidates: torch.Tensor, log_total: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """``candidates`` [R, K], highest first, without those behind the first ``top_p`` of probability; and the mass of all."""
+    """``candidates`` [R, K], highest first, without those behind the first ``top_p`` of probability; and the mass of
+    all.
+    """
     probability = (candidates - log_total).exp()
     mass = probability.cumsum(dim=-1, dtype=torch.float64)
     behind = mass - probability >= top_p
@@ -236,7 +236,9 @@ def _above(candidates: torch.Tensor, min_p: float) -> torch.Tensor:
 
 
 def _invert(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The place in each row of ``scores`` [R, K] at which the cumulated probability passes ``uniform`` [R]; int64 [R]."""
+    """The place in each row of ``scores`` [R, K] at which the cumulated probability passes ``uniform`` [R]; int64
+    [R].
+    """
     cumulated = scores.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     target = uniform[:, None] * cumulated[:, -1:]
     return torch.searchsorted(cumulated, target, right=True)[:, 0].clamp_(max=scores.shape[-1] - 1)

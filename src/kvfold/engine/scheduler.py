@@ -1,7 +1,9 @@
-"""Who runs in the next step. `Scheduler.plan` proposes and changes nothing; the engine commits, one verb for each change.
+"""Who runs in the next step. `Scheduler.plan` proposes and changes nothing; the engine commits, one verb for each
+change.
 
-The order is first come, first served, with no exception: memory and tokens go to the oldest first, the youngest is preempted
-first, and nobody overtakes the head of the queue. The oldest request therefore always moves, so that nobody starves.
+The order is first come, first served, with no exception: memory and tokens go to the oldest first, the youngest is
+preempted first, and nobody overtakes the head of the queue. The oldest request therefore always moves, so that nobody
+starves.
 """
 
 from __future__ import annotations
@@ -21,16 +23,18 @@ __all__ = ["Admission", "Scheduler", "StepPlan", "Work"]
 
 
 class Work(NamedTuple):
-    """``count`` tokens of a branch from ``start`` on; ``sample``: they are its last, a new token follows."""
+    """``chunk`` tokens of a branch from ``start`` on; ``sample``: they are its last, a new token follows."""
 
     branch: Branch
     start: int
-    count: int
+    chunk: int
     sample: bool
 
 
 class Admission(NamedTuple):
-    """A waiting branch that gets a sequence; ``cached`` tokens come from the prefix index, ``work`` is its first chunk."""
+    """A waiting branch that gets a sequence; ``cached`` tokens come from the prefix index, ``work`` is its first
+    chunk.
+    """
 
     branch: Branch
     cached: int
@@ -60,9 +64,7 @@ class StepPlan:
 class Scheduler:
     """The queue of waiting branches, the list of running ones, and the rule that makes a plan of them."""
 
-    def __init__(
-        self, books: CacheManager, *, max_batched_tokens: int = 512, max_sequences: int = 64
-    ) -> None:
+    def __init__(self, books: CacheManager, *, max_batched_tokens: int = 512, max_sequences: int = 64) -> None:
         """``max_batched_tokens``: tokens of a step; ``max_sequences``: sequences that run at once."""
         if max_sequences < 1 or max_batched_tokens < max_sequences:
             raise RequestError(
@@ -95,7 +97,8 @@ class Scheduler:
         """The next step. Pure: asked twice it gives the same, and a plan that is dropped leaves nothing behind."""
         decoding = [b for b in self._running if len(b.tokens) - b.computed == 1]
         work = [Work(b, b.computed, 1, True) for b in decoding]
-        # Room for every decode whatever its next token needs: the common case, and one question. Only then others may join.
+        # Room for every decode whatever its next token needs: the common case, and one question. Only then others may
+        # join.
         taken = _times(self._token_demand, len(decoding))
         roomy = self._books.fits(taken)
         if not roomy:
@@ -104,7 +107,9 @@ class Scheduler:
                 return StepPlan(preempt=victim)
         budget = self.max_batched_tokens - len(work)
         owed = taken
-        prompts = [b for b in self._running if len(b.tokens) - b.computed > 1] if len(decoding) < len(self._running) else []
+        prompts = (
+            [b for b in self._running if len(b.tokens) - b.computed > 1] if len(decoding) < len(self._running) else []
+        )
         for branch in prompts:
             if budget == 0:
                 break
@@ -112,7 +117,7 @@ class Scheduler:
             need = self._books.demand(_seq(branch), chunk)
             if roomy and not self._books.fits(taken, need):
                 # The decodes may need less than their worst.
-                roomy, taken = False, sum((self._books.demand(_seq(w.branch), w.count) for w in work), NOTHING)
+                roomy, taken = False, sum((self._books.demand(_seq(w.branch), w.chunk) for w in work), NOTHING)
             if not self._books.fits(taken, need):
                 if branch is not self._running[-1]:
                     return StepPlan(preempt=self._running[-1])
@@ -143,7 +148,9 @@ class Scheduler:
         return work, taken, None
 
     def _admissions(self, budget: int, owed: Demand) -> tuple[tuple[Admission, ...], Branch | None]:
-        """Newcomers beside the running, as long as there is room for the whole of each; and the first that is blocked."""
+        """Newcomers beside the running, as long as there is room for the whole of each; and the first that is
+        blocked.
+        """
         admit: list[Admission] = []
         slots = self.max_sequences - sum(branch.slots for branch in self._running) if self._waiting else 0
         for branch in self._waiting:
@@ -152,7 +159,8 @@ class Scheduler:
             if branch is self._blocked:
                 return tuple(admit), branch
             cached = self._books.match(branch.tokens, branch.request.salt)
-            # Beside the prompt itself, a block for each completion to grow into: else it is preempted as soon as admitted.
+            # Beside the prompt itself, a block for each completion to grow into: else it is preempted as soon as
+            # admitted.
             owed += self._arrival(branch, cached, len(branch.tokens) - cached)
             owed += _times(self._token_demand, branch.slots)
             if not self._books.fits(owed):
@@ -164,7 +172,9 @@ class Scheduler:
         return tuple(admit), None
 
     def _first(self) -> StepPlan:
-        """Nothing runs: the head of the queue is served if a single token of it fits, and others beside it if all of it does."""
+        """Nothing runs: the head of the queue is served if a single token of it fits, and others beside it if all of
+        it does.
+        """
         if not self._waiting:
             return StepPlan()
         admit, _ = self._admissions(self.max_batched_tokens, NOTHING)
@@ -190,11 +200,15 @@ class Scheduler:
         return StepPlan(work=(_work(branch, branch.computed, chunk),)) if chunk else StepPlan(stuck=branch)
 
     def _arrival(self, branch: Branch, cached: int, count: int) -> Demand:
-        """The demand of ``count`` tokens after ``cached`` ones from the index, which cease to be free when they are taken."""
+        """The demand of ``count`` tokens after ``cached`` ones from the index, which cease to be free when they are
+        taken.
+        """
         return self._books.demand_for(cached, count, tokens=branch.tokens, salt=branch.request.salt)
 
     def _chunk(self, start: int, end: int, budget: int) -> int:
-        """Tokens of a prompt to compute now: all that are left, or as many as the budget holds, to the end of a block."""
+        """Tokens of a prompt to compute now: all that are left, or as many as the budget holds, to the end of a
+        block.
+        """
         if end - start <= budget:
             return end - start
         whole = (start + budget) // self._block_size * self._block_size - start
@@ -219,11 +233,15 @@ class Scheduler:
         insort(self._running, branch, key=lambda b: b.key)
 
     def note(self, plan: StepPlan) -> None:
-        """Remember whom a plan found blocked, so that the next ones need not look again before something is given back."""
+        """Remember whom a plan found blocked, so that the next ones need not look again before something is given
+        back.
+        """
         self._blocked = plan.blocked
 
     def preempt(self, branch: Branch, *, hold: bool = False) -> None:
-        """A running branch, whose sequence has been freed, waits again; with ``hold``, until others give something back."""
+        """A running branch, whose sequence has been freed, waits again; with ``hold``, until others give something
+        back.
+        """
         self._leave(branch, Status.PREEMPTED)
         self.requeue(branch)
         if hold and self._running:
@@ -251,7 +269,9 @@ class Scheduler:
 
 
 def _worst_token(books: CacheManager) -> Demand:
-    """What one more token of a sequence can need at worst: in each group a new or copied raw block, and a packed one."""
+    """What one more token of a sequence can need at worst: in each group a new or copied raw block, and a packed
+    one.
+    """
     blocks: dict[PoolKey, int] = {}
     for group, spec in enumerate(books.groups):
         blocks[group, "raw"] = 1

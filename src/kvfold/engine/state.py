@@ -50,14 +50,19 @@ class Request:
 
     @property
     def finished(self) -> bool:
-        """Whether every completion has ended."""
-        return len(self.branches) == self.params.n and all(b.status is Status.FINISHED for b in self.branches)
+        """Whether every completion has ended. One that ends before the prompt is computed is the only one there ever
+        is.
+        """
+        return all(branch.status is Status.FINISHED for branch in self.branches)
 
 
 @dataclass(slots=True, eq=False)
 class Branch:
-    """One completion: the unit that is scheduled. It never matters to it whether it was preempted or prefilled in chunks:
-    ``tokens[computed:]`` are still to be computed, and the last one's logits give the next token."""
+    """One completion: the unit that is scheduled.
+
+    Whether it was preempted or prefilled in chunks never matters to it: ``tokens[computed:]`` are still to be
+    computed, and the logits of the last one give the next token.
+    """
 
     request: Request
     index: int
@@ -99,7 +104,7 @@ class Branch:
         """The tokens of the completion."""
         return self.tokens[len(self.request.prompt) :]
 
-    def fork(self, index: int, *, seq: int, seed: int) -> Branch:
+    def fork(self, index: int, *, seq: int | None, seed: int) -> Branch:
         """A further completion of the same prompt, in the state of this one, on the cache sequence ``seq``."""
         return Branch(
             request=self.request,
@@ -112,5 +117,3 @@ class Branch:
             seq=seq,
             logprobs=None if self.logprobs is None else list(self.logprobs),
         )
-
-

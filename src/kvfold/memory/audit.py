@@ -53,7 +53,7 @@ def _audit_sequence(books: Books, seq: SeqId, state: SequenceState, references: 
         _must(table.first == spec.live(state.length, size) or not table.ids, f"{where}: live blocks")
         _must(table.packed_end <= max(table.sink_end, state.length // size), f"{where}: a partial block is packed")
         _must(
-            table.packed_end >= spec.packed_end(state.length, size) or not table.ids, f"{where}: a block did not seal"
+            max(table.packed_end, table.sink_end) >= spec.packed_end(state.length, size), f"{where}: a block did not seal"
         )
         _must(state.pending is not None or not table.more, f"{where}: blocks of no reservation")
         for index, block in enumerate(table.ids, table.first):

@@ -127,7 +127,7 @@ def _answers(
 def _ask(tokenizer: PreTrainedTokenizerBase, text: str, question: str) -> list[int]:
     messages = [{"role": "user", "content": f"{text}\n\n{question}"}]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer.encode(rendered, add_special_tokens=False)
+    return list(tokenizer.encode(rendered, add_special_tokens=False))
 
 
 def _transcript(tokenizer: PreTrainedTokenizerBase, document: Document) -> list[int]:
@@ -136,4 +136,5 @@ def _transcript(tokenizer: PreTrainedTokenizerBase, document: Document) -> list[
     for i, (question, answer) in enumerate(document.facts):
         messages.append({"role": "user", "content": f"{document.text}\n\n{question}" if i == 0 else question})
         messages.append({"role": "assistant", "content": answer})
-    return tokenizer.encode(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False)
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    return list(tokenizer.encode(rendered, add_special_tokens=False))

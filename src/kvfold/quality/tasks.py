@@ -84,7 +84,7 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text and the facts in it, as ``(question, answer)`` pairs."""
+    """A text and the facts in it, as ``(question, answer)`` pairs; an answer is a whole statement that ends in the value."""
 
     text: str
     facts: tuple[tuple[str, str], ...]
@@ -123,7 +123,7 @@ def draw_keys(rng: random.Random, count: int, split: Split) -> list[Key]:
 
 
 def _digits(rng: random.Random) -> str:
-    return f"{rng.randrange(100_000):05d}"
+    return f"{rng.randrange(10_000):04d}"
 
 
 def _fit(build: Callable[[int], Document], target: int, count_tokens: CountTokens, low: int = 1) -> Document:
@@ -145,22 +145,22 @@ def _fit(build: Callable[[int], Document], target: int, count_tokens: CountToken
 def kv_document(
     seed: int, target_tokens: int, count_tokens: CountTokens, split: Split = "heldout", reserve: int = 0
 ) -> Document:
-    """Lines such as ``- amber-falcon: 48213``; every line can be asked for.  ``reserve`` tokens are left free."""
+    """Lines such as ``- amber-falcon: 4821``; every line can be asked for, and is the answer.  ``reserve`` tokens are left free."""
 
     def build(items: int) -> Document:
         rng = random.Random(f"kv/{seed}")
         names = ["-".join(key) for key in draw_keys(rng, items, split)]
         pairs = [(name, _digits(rng)) for name in names]
         text = "\n".join(f"- {name}: {value}" for name, value in pairs)
-        return Document(text, tuple((f"What is the value of {name}?", value) for name, value in pairs))
+        return Document(text, tuple((f"What is the value of {name}?", f"{name}: {value}") for name, value in pairs))
 
     return _fit(build, target_tokens - reserve, count_tokens)
 
 
 def multi_question(document: Document, picked: Sequence[int]) -> tuple[str, str]:
-    """One question for several values of a `kv_document`, and its answer: the values in the order asked."""
+    """One question for several values of a `kv_document`, and its answer: their lines in the order asked."""
     names = [document.facts[i][0].removeprefix("What is the value of ").removesuffix("?") for i in picked]
-    return f"Values of {', '.join(names)}?", " ".join(document.facts[i][1] for i in picked)
+    return f"What are the values of {', '.join(names)}?", ", ".join(document.facts[i][1] for i in picked)
 
 
 def trace_document(
@@ -181,7 +181,7 @@ def trace_document(
                 source = rng.choice(roots)
                 value[name] = value[source]
                 lines.append(f"- {name} = {source}")
-                facts.append((f"What does {name} come to?", value[name]))
+                facts.append((f"What does {name} come to?", f"{name} = {value[name]}"))
                 if rng.random() < 0.3:
                     roots.append(name)
             else:
@@ -190,7 +190,7 @@ def trace_document(
                 roots.append(name)
         if not facts:
             lines[-1] = f"- {names[-1]} = {names[0]}"
-            facts.append((f"What does {names[-1]} come to?", value[names[0]]))
+            facts.append((f"What does {names[-1]} come to?", f"{names[-1]} = {value[names[0]]}"))
         return Document("\n".join(lines), tuple(facts))
 
     return _fit(build, target_tokens - reserve, count_tokens, low=3)
@@ -206,7 +206,7 @@ def copy_document(
         lines = [f"{' '.join(key)}: {' '.join(rng.choices(NOUNS, k=8))}" for key in draw_keys(rng, items, split)]
         facts = [tuple(line.split(": ")) for line in lines]
         text = "\n".join(f"- {line}" for line in lines)
-        return Document(text, tuple((f"Copy the line of {name}.", f"{words}") for name, words in facts))
+        return Document(text, tuple((f"Copy the line of {name}.", f"{name}: {words}") for name, words in facts))
 
     return _fit(build, target_tokens - reserve, count_tokens)
 
@@ -223,9 +223,10 @@ def plant(
         value = _digits(rng) if kind == "digits" else rng.choice(NAMES)
         subject = f"the {attribute} of the {adjective} {noun}"
         verb = "What is" if kind == "digits" else "Who is"
-        facts.append((f"{verb} {subject}?", value))
+        statement = f"T{subject[1:]} is {value}."
+        facts.append((f"{verb} {subject}?", statement))
         # Going from the end to the front keeps the remaining places valid.
-        out.insert(place, f"T{subject[1:]} is {value}.")
+        out.insert(place, statement)
     return Document("\n".join(out), tuple(reversed(facts)))
 
 
@@ -302,6 +303,6 @@ def make_sample(
     if task == "multi":
         picked = rng.sample(range(len(document.facts)), min(keys, len(document.facts)))
         question, answer = multi_question(document, picked)
-        return Sample(task, document.text, question, answer, tuple(answer.split(" ")))
+        return Sample(task, document.text, question, answer, tuple(answer.split(", ")))
     question, answer = rng.choice(document.facts)
     return Sample(task, document.text, question, answer, (answer,))

@@ -1,0 +1,287 @@
+"""The face of the engine: requests in, outputs out, one step at a time or all at once."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvfold.engine.core import EngineCore
+from kvfold.engine.intake import Intake, is_single, longest_sequence
+from kvfold.engine.loading import available_memory, end_tokens, load
+from kvfold.engine.progress import ProgressLine
+from kvfold.engine.request import Prompt, RequestOutput, SamplingParams, StreamChunk
+from kvfold.engine.runner import ModelRunner
+from kvfold.engine.scheduler import Scheduler
+from kvfold.errors import RequestError
+from kvfold.formats import format_bytes, parse_bytes
+from kvfold.geometry import UNBOUNDED, Geometry
+from kvfold.recipe import Recipe
+
+__all__ = ["Engine"]
+
+_SHARE: Final = 4
+"""By default the cache takes at most one part in so many of the memory that is available."""
+
+
+class Engine:
+    """Serves many requests at once with one model, from a KV cache of a hard size.
+
+    Requests join and leave between steps; long prompts are computed in chunks beside the decoding of others; prompts
+    that begin alike share blocks; when the cache is full the youngest request gives its blocks back and is computed
+    anew later. Not thread-safe: `AsyncEngine` is the same for asyncio.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str | Path,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        recipe: Recipe | str = "raw",
+        kv_memory: str | int | None = None,
+        max_batched_tokens: int = 512,
+        max_sequences: int = 64,
+        max_length: int | None = None,
+        prefix_caching: bool = True,
+        seed: int = 0,
+        check: bool = True,
+    ) -> None:
+        """``model``: a loaded one (then give its ``tokenizer`` too, if prompts are texts), or what `load` takes.
+
+        ``recipe``: what becomes of the cache. ``kv_memory``: its size, such as ``"2GiB"``; by default what
+        ``max_sequences`` full contexts need, and at most a quarter of the memory available. ``max_batched_tokens``:
+        tokens of a step. ``max_length``: a lower limit than the model's context. ``seed``: for the requests that bring
+        none. ``check``: compare a short forward with the model's own first.
+        """
+        if isinstance(model, (str, Path)):
+            model, loaded = load(model)
+            tokenizer = tokenizer or loaded
+        geometry = Geometry.from_config(model.config)
+        self.context = _context(geometry, max_length)
+        self.recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
+        wanted = self.recipe, self.context, max_sequences
+        budget = _default_budget(model, geometry, *wanted) if kv_memory is None else parse_bytes(kv_memory)
+        self.tokenizer = tokenizer
+        self._runner = ModelRunner(
+            model, recipe=self.recipe, kv_memory=budget, prefix_caching=prefix_caching, check=check
+        )
+        books = self._runner.manager
+        scheduler = Scheduler(books, max_batched_tokens=max_batched_tokens, max_sequences=max_sequences)
+        self._core = EngineCore(self._runner, scheduler, tokenizer)
+        self._intake = Intake(
+            tokenizer=tokenizer,
+            vocab=geometry.vocab,
+            context=self.context,
+            capacity=longest_sequence(books, self.context, max_batched_tokens),
+            max_sequences=max_sequences,
+            end_ids=end_tokens(model, tokenizer),
+            seed=seed,
+        )
+        self._numbered = 0
+        self._unclaimed: list[RequestOutput] = []
+        self._closed = False
+        logging.getLogger("kvfold.engine").info(self.capacity_report())
+
+    # -- one step at a time
+
+    def add_request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        salt: bytes = b"",
+        on_chunk: Callable[[StreamChunk], None] | None = None,
+    ) -> str:
+        """Queue a request; its id. RequestError if it can never be served.
+
+        ``salt``: only requests with the same salt share prefix blocks. ``on_chunk``: is called at the end of each step
+        that brought the request a token, and must not raise; the chunk of its last step carries the whole output.
+        """
+        if self._closed:
+            raise RequestError("the engine is closed")
+        while request_id is None or (request_id.isdecimal() and request_id in self._core.requests):
+            request_id = str(self._numbered)
+            self._numbered += 1
+        if request_id in self._core.requests:
+            raise RequestError(f"request id {request_id!r}", why="a request of this id is under way")
+        request = self._intake.make(
+            prompt, params or SamplingParams(), request_id=request_id, salt=salt, on_chunk=on_chunk
+        )
+        self._core.add(request)
+        return request_id
+
+    def step(self) -> list[RequestOutput]:
+        """One forward of the model for everyone who has a turn; the requests that have ended."""
+        claimed, self._unclaimed = self._unclaimed, []
+        if not self._core.requests:
+            return claimed
+        return claimed + self._core.step()
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request now; what there is of it. None if it is not (any more) under way."""
+        request = self._core.requests.get(request_id)
+        return None if request is None else self._core.abort(request)
+
+    def has_unfinished(self) -> bool:
+        """Whether `step` has something to do or to give back."""
+        return bool(self._core.requests or self._unclaimed)
+
+    # -- all at once
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        salt: bytes = b"",
+        progress: bool = True,
+        raise_errors: bool = True,
+    ) -> list[RequestOutput]:
+        """Completions of ``prompts`` (one, or several), in their order. ``params``: for all, or one for each.
+
+        ``progress``: a line on stderr, if that is a terminal and it takes longer than two seconds. An error of one
+        request (NumericsError) leaves the others alone; it is raised when all are done, or with ``raise_errors=False``
+        left in the output's ``error``.
+        """
+        many: Sequence[Prompt] = [prompts] if is_single(prompts) else prompts  # type: ignore[list-item, assignment]
+        wanted = params if isinstance(params, Sequence) else [params] * len(many)
+        if len(wanted) != len(many):
+            raise RequestError(f"{len(wanted)} sampling parameters for {len(many)} prompts")
+        ids: list[str] = []
+        done: dict[str, RequestOutput] = {}
+        try:
+            for prompt, one in zip(many, wanted, strict=True):
+                ids.append(self.add_request(prompt, one, salt=salt))
+            self._run(ids, done, ProgressLine(len(ids), enabled=progress))
+        finally:
+            for request_id in ids:
+                if request_id not in done:
+                    self.abort(request_id)
+        outputs = [done[request_id] for request_id in ids]
+        if raise_errors:
+            for output in outputs:
+                if output.error is not None:
+                    raise output.error
+        return outputs
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, salt: bytes = b""
+    ) -> Iterator[StreamChunk]:
+        """The completion of ``prompt`` as it grows. A request that is refused raises here, not at the first chunk.
+
+        An iterator that is closed before its end aborts the request. Other requests under way move along.
+        """
+        chunks: deque[StreamChunk] = deque()
+        request_id = self.add_request(prompt, params, salt=salt, on_chunk=chunks.append)
+        return self._chunks(request_id, chunks)
+
+    def _chunks(self, request_id: str, chunks: deque[StreamChunk]) -> Iterator[StreamChunk]:
+        others: list[RequestOutput] = []
+        try:
+            while True:
+                while not chunks and request_id in self._core.requests:
+                    others += (output for output in self.step() if output.request_id != request_id)
+                if not chunks:
+                    return
+                yield chunks.popleft()
+        finally:
+            self.abort(request_id)
+            self._unclaimed += others
+
+    def _run(self, ids: Sequence[str], done: dict[str, RequestOutput], line: ProgressLine) -> None:
+        """Step until the requests ``ids`` have ended, into ``done``; what else ends is kept for the next `step`."""
+        mine = set(ids)
+        others: list[RequestOutput] = []
+        begun = self._core.stats.decode_tokens
+        try:
+            while len(done) < len(mine):
+                for output in self.step():
+                    if output.request_id in mine:
+                        done[output.request_id] = output
+                    else:
+                        others.append(output)
+                line.update(len(done), self._core.stats.decode_tokens - begun)
+        finally:
+            self._unclaimed += others
+            line.close()
+
+    # -- what there is
+
+    def capacity_report(self) -> str:
+        """How much the cache holds, in one line."""
+        books = self._runner.manager
+        capacity = books.tokens_capacity()
+        length = min(self.context, capacity)
+        size = format_bytes(books.usage().budget)
+        if capacity >= UNBOUNDED or length < 1:
+            return f"KV cache: {size}, {self.recipe}: any number of tokens"
+        at_once = books.concurrency(length)
+        return (
+            f"KV cache: {size}, {self.recipe}: {capacity} tokens; "
+            f"maximum concurrency for {length} tokens: {at_once:.2f}"
+        )
+
+    def stats(self) -> dict[str, int | float]:
+        """Counts since the start, and where the memory is now. Names that end in ``_bytes`` are bytes."""
+        work, books = self._core.stats, self._runner.manager
+        usage, memory = books.usage(), books.stats()
+        return {
+            "steps": work.steps,
+            "prefill_tokens": work.prefill_tokens,
+            "decode_tokens": work.decode_tokens,
+            "prefix_hit_tokens": work.prefix_hit_tokens,
+            "finished_requests": work.finished_requests,
+            "preemptions": work.preemptions,
+            "seconds": work.seconds,
+            "tokens_per_s": work.tokens_per_s,
+            "running": len(self._core.scheduler.running),
+            "waiting": len(self._core.scheduler.waiting),
+            "sealed_blocks": memory.sealed_blocks,
+            "copied_blocks": memory.copied_blocks,
+            "evicted_blocks": memory.evictions,
+            "kv_budget_bytes": usage.budget,
+            "kv_in_use_bytes": usage.in_use,
+            "kv_cached_bytes": usage.cached,
+        }
+
+    def close(self) -> None:
+        """Abort what is under way and leave the model as it was. Closing twice is no error."""
+        if self._closed:
+            return
+        self._closed = True
+        for request in list(self._core.requests.values()):
+            self._core.abort(request)
+        self._runner.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _context(geometry: Geometry, max_length: int | None) -> int:
+    if max_length is None:
+        return geometry.max_positions
+    if not 1 < max_length <= geometry.max_positions:
+        raise RequestError(
+            f"bad max_length={max_length!r}",
+            why=f"a whole number from 2 to the model's context of {geometry.max_positions} is needed",
+        )
+    return max_length
+
+
+def _default_budget(
+    model: PreTrainedModel, geometry: Geometry, recipe: Recipe, context: int, max_sequences: int
+) -> int:
+    """Bytes for ``max_sequences`` full contexts, or what may be taken of the memory there is."""
+    share = available_memory(model.device) // _SHARE
+    return min(share, geometry.cache_bytes(recipe, model.dtype.itemsize, [context] * max_sequences))
