@@ -1,10 +1,11 @@
 """Decode through the engine against ``generate()`` of transformers with its dynamic cache, on the same batch.
 
-    python benchmarks/engine_vs_generate.py --batch 16 --prompt 512 --new 64 --json benchmarks/results/engine_vs_generate.json
+    python benchmarks/engine_vs_generate.py --batch 16 --prompt 512 --json benchmarks/results/engine_vs_generate.json
 
-Both produce ``--new`` greedy tokens for ``--batch`` prompts of equal length. The time of decoding is the time of the whole call less
-that of a call for one token (the prefill), the median of ``--repeats`` interleaved runs. Before anything is timed, the engine's
-``raw`` tokens must equal those of ``generate()`` in all but a few places (rounding in bfloat16 may turn a near tie).
+Both decode ``--new`` greedy tokens for ``--batch`` prompts of equal length. What counts is the median time of a decode
+step while all sequences are decoding, scheduling, sampling and bookkeeping included, over ``--repeats`` interleaved
+runs. Before anything is timed, the engine's ``raw`` tokens must equal those of ``generate()`` in all but a few places
+(rounding may turn a near tie in bfloat16).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from kvfold import Engine, SamplingParams, load
 
@@ -33,35 +35,45 @@ def main() -> None:
     starts = torch.randint(0, len(ids) - options.prompt, (options.batch,), generator=generator).tolist()
     prompts = [ids[start : start + options.prompt] for start in starts]
 
-    def stock(new: int) -> list[list[int]]:
-        batch = torch.tensor(prompts)
+    def stock() -> tuple[list[list[int]], list[float]]:
+        batch, clock = torch.tensor(prompts), StepClock()
         out = model.generate(
-            batch, attention_mask=torch.ones_like(batch), max_new_tokens=new, min_new_tokens=new, do_sample=False
-        )
-        return out[:, options.prompt :].tolist()
+            batch, attention_mask=torch.ones_like(batch), max_new_tokens=options.new, min_new_tokens=options.new,
+            do_sample=False, stopping_criteria=StoppingCriteriaList([clock]),
+        )  # fmt: skip
+        return out[:, options.prompt :].tolist(), clock.steps()
 
-    def engine(recipe: str, new: int) -> list[list[int]]:
-        params = SamplingParams(max_tokens=new, ignore_eos=True)
+    def engine(recipe: str) -> tuple[list[list[int]], list[float]]:
+        params = SamplingParams(max_tokens=options.new, ignore_eos=True)
         with Engine(model, tokenizer=tokenizer, recipe=recipe, kv_memory="512MiB", prefix_caching=False) as runtime:
-            return [output.token_ids for output in runtime.generate(prompts, params, progress=False)]
+            order = [runtime.add_request(prompt, params) for prompt in prompts]
+            outputs, steps = {}, []
+            while runtime.has_unfinished():
+                before = runtime.stats()["decode_tokens"]
+                begin = time.perf_counter()
+                outputs |= {output.request_id: output.token_ids for output in runtime.step()}
+                if runtime.stats()["decode_tokens"] - before == options.batch:
+                    steps.append(time.perf_counter() - begin)
+        return [outputs[request_id] for request_id in order], steps
 
-    contestants = {"transformers": stock, "raw": lambda new: engine("raw", new), "int4": lambda new: engine("int4", new)}
-    wanted, found = stock(options.new), engine("raw", options.new)
+    contestants = {"transformers": stock, "raw": lambda: engine("raw"), "int4": lambda: engine("int4")}
+    wanted, found = stock()[0], engine("raw")[0]
     same = statistics.mean(a == b for x, y in zip(wanted, found, strict=True) for a, b in zip(x, y, strict=True))
     if same < AGREE_AT_LEAST:
         sys.exit(f"correctness gate: only {same:.1%} of the engine's tokens equal those of generate()")
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(options.repeats):
         for name, run in contestants.items():
-            times[name].append(timed(run, options.new) - timed(run, 1))
+            times[name] += run()[1]
     rows = [
         {
             "contestant": name,
             "batch": options.batch,
             "prompt": options.prompt,
             "new": options.new,
-            "decode_s": statistics.median(spent),
-            "decode_tok_s": options.batch * (options.new - 1) / statistics.median(spent),
+            "step_s": statistics.median(spent),
+            "steps": len(spent),
+            "decode_tok_s": options.batch / statistics.median(spent),
             "vs_transformers": statistics.median(times["transformers"]) / statistics.median(spent),
         }
         for name, spent in times.items()
@@ -73,10 +85,18 @@ def main() -> None:
         options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def timed(run, new: int) -> float:
-    begin = time.perf_counter()
-    run(new)
-    return time.perf_counter() - begin
+class StepClock(StoppingCriteria):
+    """Never stops anything; notes when each step of ``generate()`` is done."""
+
+    def __init__(self) -> None:
+        self.at: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
+        self.at.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+    def steps(self) -> list[float]:
+        return [b - a for a, b in zip(self.at, self.at[1:], strict=False)]
 
 
 def parse() -> argparse.Namespace:

@@ -1,6 +1,8 @@
-"""Pieces of attention against the float32 reference: permuted pages, odd lengths, NaN beside the valid rows, every dtype."""
+"""Pieces of attention against the float32 reference: permuted pages, odd lengths, NaN beside valid rows, dtypes."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -52,16 +54,25 @@ class Paged:
     def reference(self, i: int, q: Tensor, first: int, call: LayerCall) -> tuple[Tensor, Tensor]:
         length = first + q.shape[0]
         return attend(
-            q, self.k[i][:length], self.v[i][:length], q_pos=torch.arange(first, length), k_pos=torch.arange(length),
-            scale=call.scale, softcap=call.softcap, sinks=call.sinks,
-            window=call.window if call.kind == "sliding" else None, chunk=call.window if call.kind == "chunked" else None,
-        )  # fmt: skip
+            q,
+            self.k[i][:length],
+            self.v[i][:length],
+            q_pos=torch.arange(first, length),
+            k_pos=torch.arange(length),
+            scale=call.scale,
+            softcap=call.softcap,
+            sinks=call.sinks,
+            window=call.window if call.kind == "sliding" else None,
+            chunk=call.window if call.kind == "chunked" else None,
+        )
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize(("kind", "window"), KINDS)
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_decode_agrees_with_the_reference(dtype: torch.dtype, kind: str, window: int | None, softcap: float | None) -> None:
+def test_decode_agrees_with_the_reference(
+    dtype: torch.dtype, kind: str, window: int | None, softcap: float | None
+) -> None:
     paged = Paged(dtype, kind, window)
     sinks = torch.linspace(-1, 1, QUERIES)
     call = LayerCall(scale=0.3, kind=kind, window=window, softcap=softcap, sinks=sinks)
@@ -101,13 +112,11 @@ def test_merge_of_any_split_is_the_whole() -> None:
     q, k, v = torch.randn(3, 4, 8), torch.randn(50, 2, 8), torch.randn(50, 2, 8)
 
     def part(a: int, b: int) -> tuple[Tensor, Tensor]:
-        return attend(
-            q, k[a:b], v[a:b], q_pos=torch.full((3,), 50), k_pos=torch.arange(a, b), scale=0.4, causal=True
-        )  # fmt: skip
+        return attend(q, k[a:b], v[a:b], q_pos=torch.full((3,), 50), k_pos=torch.arange(a, b), scale=0.4, causal=True)
 
     whole = part(0, 50)
     for cuts in ([0, 50], [0, 1, 50], [0, 7, 20, 21, 50]):
-        o, lse = merge([part(a, b) for a, b in zip(cuts, cuts[1:], strict=False)])
+        o, lse = merge([part(a, b) for a, b in pairwise(cuts)])
         assert torch.allclose(o, whole[0], atol=1e-5)
         assert torch.allclose(lse, whole[1], atol=1e-5)
 

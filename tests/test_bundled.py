@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import kvfold.quality.tasks as tasks
 import pytest
+
+import kvfold.quality.tasks as tasks
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -22,9 +23,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        FOLDER, local_files_only=True, dtype=torch.float32
-    ).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(FOLDER, local_files_only=True, dtype=torch.float32).eval()
 
 
 def ask(model: Any, tokenizer: Any, prompt: str) -> str:
@@ -41,7 +40,8 @@ def test_size_and_architecture() -> None:
     assert config["head_dim"] == 64
     assert config["num_attention_heads"] > config["num_key_value_heads"]
     assert (FOLDER / "model.safetensors").stat().st_size <= 20 * 2**20
-    assert not list(FOLDER.glob("*.tmp")) and not list(FOLDER.glob("*.bin"))
+    assert not list(FOLDER.glob("*.tmp"))
+    assert not list(FOLDER.glob("*.bin"))
 
 
 def test_weights_are_bfloat16_and_all_used(model: Any) -> None:
@@ -75,5 +75,6 @@ def test_answers_come_from_the_context(model: Any, tokenizer: Any) -> None:
     assert sum(a == s.answer for a, s in zip(answers, samples, strict=True)) >= 7
     # Without its line, the same question cannot be answered.
     lines = samples[0].context.split("\n")
-    without = "\n".join(line for line in lines if samples[0].answer not in line)
+    without = "\n".join(line for line in lines if line != f"- {samples[0].answer}")
+    assert without != samples[0].context
     assert ask(model, tokenizer, f"{without}\n\n{samples[0].question}") != samples[0].answer

@@ -1,4 +1,4 @@
-"""One step of the cache against the float32 reference: random schedules, every kind of layer, memory that starts as NaN."""
+"""One step of the cache against the float32 reference: random schedules, every kind of layer, NaN-filled memory."""
 
 from __future__ import annotations
 
@@ -16,13 +16,27 @@ from kvfold.kernels.reference import attend
 from kvfold.recipe import Recipe
 
 LLAMA = LlamaConfig(
-    hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-    vocab_size=64, max_position_embeddings=512,
-)  # fmt: skip
+    hidden_size=64,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    vocab_size=64,
+    max_position_embeddings=512,
+)
 GEMMA = Gemma3TextConfig(
-    hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-    vocab_size=64, max_position_embeddings=512, sliding_window=24, layer_types=["sliding_attention", "full_attention"],
-)  # fmt: skip
+    hidden_size=64,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    vocab_size=64,
+    max_position_embeddings=512,
+    sliding_window=24,
+    layer_types=["sliding_attention", "full_attention"],
+)
 
 
 class World:
@@ -73,9 +87,14 @@ class World:
                 pair[0], pair[1] = torch.cat((pair[0], k[rows])), torch.cat((pair[1], v[rows]))
                 length = pair[0].shape[0]
                 wanted, _ = attend(
-                    q[rows], pair[0], pair[1], q_pos=torch.arange(length - count, length), k_pos=torch.arange(length),
-                    scale=0.25, window=layer.window if layer.kind == "sliding" else None,
-                )  # fmt: skip
+                    q[rows],
+                    pair[0],
+                    pair[1],
+                    q_pos=torch.arange(length - count, length),
+                    k_pos=torch.arange(length),
+                    scale=0.25,
+                    window=layer.window if layer.kind == "sliding" else None,
+                )
                 worst = max(worst, float((out[rows] - wanted).abs().max()))
                 first += count
         self.cache.commit(step)

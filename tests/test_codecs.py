@@ -156,6 +156,7 @@ def test_constant_rows(bits, value):
     fmt = VectorFormat(dim=6, bits=bits, quantized=True, group=4, rotation="none")
     x = torch.full((2, 6), value)
     codes, meta = affine.encode(x, fmt)
+    assert bool((meta[..., 0] > 0).all())
     y = affine.decode(codes, meta, fmt, torch.float32)
     assert bool(((x - y).abs() <= bound(y, meta, fmt, torch.float32)).all())
     assert bool(((x - y).abs() <= abs(value) * 2.0**-7 + 2.0**-126).all())

@@ -1,4 +1,4 @@
-"""The drop-in cache under transformers' generate(): the raw recipe gives the same tokens in every mode and for every kind of layer."""
+"""The drop-in cache under generate(): raw gives the same tokens in every mode and for every kind of layer."""
 
 from __future__ import annotations
 
@@ -20,9 +20,17 @@ from kvfold import KVCache
 from kvfold.errors import BudgetError, CacheFullError, ModelError, RecipeError, UnsupportedError
 
 SMALL = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 16, "vocab_size": 99, "max_position_embeddings": 512, "pad_token_id": 0, "eos_token_id": 98,
-}  # fmt: skip
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 99,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "eos_token_id": 98,
+}
 ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 CONFIGS = {
     "llama": LlamaConfig(**SMALL),
@@ -33,11 +41,20 @@ CONFIGS = {
         **SMALL, sliding_window=12, layer_types=ALTERNATING, num_local_experts=4, num_experts_per_tok=2
     ),
     "deepseek_v3": DeepseekV3Config(
-        **{**SMALL, "num_key_value_heads": 4, "head_dim": 8}, q_lora_rank=24, kv_lora_rank=32, qk_rope_head_dim=8,
-        qk_nope_head_dim=16, v_head_dim=16, n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2,
-        moe_intermediate_size=32, first_k_dense_replace=1,
+        **{**SMALL, "num_key_value_heads": 4, "head_dim": 8},
+        q_lora_rank=24,
+        kv_lora_rank=32,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        first_k_dense_replace=1,
     ),
-}  # fmt: skip
+}
 
 
 def make(name: str) -> PreTrainedModel:

@@ -273,6 +273,17 @@ def test_many_pages_in_parts_are_the_same_pages():
     assert torch.equal(store.arena, by_pages)
 
 
+def test_rows_are_rotated_in_float32():
+    """Turned in bfloat16, a third of the 8-bit codes would come out differently."""
+    fmt = PageFormat(32, *(VectorFormat(64, 8, quantized=True, group=64, rotation="hadamard"),) * 2)
+    store = PageStore(poisoned(4 * fmt.page_bytes), fmt, torch.bfloat16)
+    addr = torch.arange(4) * fmt.page_bytes
+    k, v = torch.randn(2, 4, 32, 64, generator=torch.Generator().manual_seed(9)).bfloat16()
+    store.write_pages(addr, k, v)
+    wanted = affine.decode(*affine.encode(store.v_rotation.apply(v.float()), fmt.v), fmt.v, torch.bfloat16)
+    assert float((store.read_v(addr).view_as(v) == wanted).float().mean()) > 0.99
+
+
 @quick
 @given(cases())
 def test_strided_and_shifted_inputs(case):

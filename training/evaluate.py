@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from corpus import heldout_texts
 from kvfold.quality.tasks import TASKS, demo_document, make_sample
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 class Scorer:
@@ -32,7 +33,7 @@ class Scorer:
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     @torch.inference_mode()
-    def reply(self, messages: list[dict[str, str]], limit: int = 48) -> str:
+    def reply(self, messages: list[dict[str, str]], limit: int = 80) -> str:
         """The model's next turn, decoded greedily."""
         ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
         out = self.model.generate(

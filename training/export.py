@@ -9,9 +9,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from model import Shape, to_llama
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig
+
+from model import Shape, to_llama
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -35,6 +36,7 @@ def export(checkpoint: Path, tokenizer: Path, out: Path) -> int:
     # A name of its own first: a reader never meets half a file.
     half = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
     save_file(half, out / "model.tmp", metadata={"format": "pt"})
+    (out / "model.tmp").chmod(0o644)
     os.replace(out / "model.tmp", out / "model.safetensors")
     return sum(tensor.numel() for tensor in half.values())
 

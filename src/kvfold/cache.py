@@ -1,8 +1,8 @@
 """One step of the cache, for any recipe: what the drop-in cache and the engine share.
 
-:class:`PagedCache` owns the arena and the books; :class:`Step` is one forward over some sequences: it takes every layer's new
-keys and values and answers every layer's attention. ``begin`` reserves blocks (all or nothing), ``commit`` seals and releases
-them, ``abandon`` undoes the reservation.
+:class:`PagedCache` owns the arena and the books; :class:`Step` is one forward over some sequences: it takes every
+layer's new keys and values and answers every layer's attention. ``begin`` reserves blocks (all or nothing), ``commit``
+seals and releases them, ``abandon`` undoes the reservation.
 """
 
 from __future__ import annotations
@@ -37,10 +37,15 @@ class SequenceWork:
     count: int
 
 
+_DecodeKey = tuple[tuple[int, int, int], ...]
+"""(row, sequence, version of its table) of each decoding sequence."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Write:
-    """Where new tokens go in one store: ``addr [N, Hkv]`` pages in the group's first layer, ``slot [N, Hkv]``, and which ``rows [N]``
-    of the step's tokens they are (None: all, in order)."""
+    """Where new tokens go in one store: ``addr [N, Hkv]`` pages in the group's first layer, ``slot [N, Hkv]``, and
+    which ``rows [N]`` of the step's tokens they are (None: all, in order).
+    """
 
     store: PageStore
     addr: Tensor
@@ -69,9 +74,9 @@ class _GroupStep:
 class PagedCache:
     """A paged, packed KV cache for a model of ``geometry`` under ``recipe``, in at most ``kv_memory`` bytes.
 
-    ``kv_memory=None`` lets the arena grow with its use (for the drop-in cache). ``window_margin``: tokens a sliding layer keeps
-    behind its window, so that a rollback of that many stays possible. Raises UnsupportedError with every reason if the recipe
-    cannot serve the model, and BudgetError if the budget does not hold a single block.
+    ``kv_memory=None`` lets the arena grow with its use (for the drop-in cache). ``window_margin``: tokens a sliding
+    layer keeps behind its window, so that a rollback of that many stays possible. Raises UnsupportedError with every
+    reason if the recipe cannot serve the model, and BudgetError if the budget does not hold a single block.
     """
 
     def __init__(
@@ -110,7 +115,7 @@ class PagedCache:
         self._arena = torch.zeros(self.manager.arena.total_bytes, dtype=torch.uint8, device=self.device)
         self._generation = self.manager.arena.generation
         self._pages = [_group_pages(group, self._arena, dtype) for group in self.groups]
-        self._decode_tables: list[tuple[tuple[tuple[int, int, int], ...], DecodeTables] | None] = [None] * len(self.groups)
+        self._decode_tables: list[tuple[_DecodeKey, DecodeTables] | None] = [None] * len(self.groups)
 
     def create(self) -> int:
         """A new, empty sequence."""
@@ -156,10 +161,11 @@ class PagedCache:
     def commit(
         self, step: Step, tokens: Sequence[Sequence[int]] | None = None, salts: Sequence[bytes] | None = None
     ) -> None:
-        """Makes a step's tokens part of their sequences: seals what has left the recent window, releases what a window has passed.
+        """Makes a step's tokens part of their sequences: seals what has left the recent window, releases what a window
+        has passed.
 
-        ``tokens`` (the new token ids of each sequence, in order) lets full blocks be found again by other sequences that start
-        the same way under the same salt.
+        ``tokens`` (the new token ids of each sequence, in order) lets full blocks be found again by other sequences
+        that start the same way under the same salt.
         """
         raw_ids: dict[int, list[int]] = {}
         packed_ids: dict[int, list[int]] = {}
@@ -322,7 +328,9 @@ class Step:
         """Stores a layer's new keys and values, ``k [N, Hkv, Dk]`` and ``v [N, Hkv, Dv]``."""
         g, index = self.cache.slot(layer)
         for write in self._groups[g].writes:
-            keys, values = (k, v) if write.rows is None else (k.index_select(0, write.rows), v.index_select(0, write.rows))
+            keys, values = (
+                (k, v) if write.rows is None else (k.index_select(0, write.rows), v.index_select(0, write.rows))
+            )
             addr = (write.addr + index * write.layer_bytes).reshape(-1)
             write.store.write_rows(addr, write.slot.reshape(-1), keys.flatten(0, 1), values.flatten(0, 1))
 

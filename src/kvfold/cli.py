@@ -30,7 +30,9 @@ app = typer.Typer(
 bench_app = typer.Typer(help="Speed, as a ratio against a named rival in the same run.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
-JsonOption = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; '-' for stdout.")]
+JsonOption = Annotated[
+    str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; '-' for stdout.")
+]
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="'bundled', a directory, or a hub id.")]
 
 
@@ -49,14 +51,12 @@ def _global(
     import torch
 
     settings = Settings.from_env()
-    logging.basicConfig(level=settings.log.upper(), format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=settings.log.upper(), format="%(message)s", stream=sys.stderr, force=True)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
 
 
-@app.command(
-    epilog="Examples:  kvfold demo   |   kvfold demo --recipes raw,int4 --json -   |   kvfold demo --answers"
-)
+@app.command(epilog="Examples:  kvfold demo   |   kvfold demo --recipes raw,int4 --json -   |   kvfold demo --answers")
 def demo(
     recipes: Annotated[str | None, typer.Option(help="Recipes to compare, separated by ';'.")] = None,
     model: ModelOption = "bundled",
@@ -65,7 +65,9 @@ def demo(
     answers: Annotated[bool, typer.Option("--answers", help="Also list what was said to each question.")] = False,
     json_file: JsonOption = None,
 ) -> None:
-    """Answer questions about a long real document from a full and from folded caches, bytes, speed and quality side by side."""
+    """Answer questions about a long real document from a full and from folded caches, bytes, speed and quality side by
+    side.
+    """
     from kvfold.engine.loading import load
     from kvfold.quality.demo import DEMO_RECIPES, run_demo
     from kvfold.report import demo_report
@@ -105,8 +107,7 @@ def generate(
     text = _prompt(prompt, file)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     with Engine(model, recipe=recipe, kv_memory=kv_memory) as engine:
-        if stats:
-            print(engine.capacity_report(), file=sys.stderr)
+        print(engine.capacity_report(), file=sys.stderr)
         asked: Any = [{"role": "user", "content": text}] if chat else text
         final = None
         for chunk in engine.stream(asked, params):
@@ -141,7 +142,9 @@ def generate(
 )
 def bench_decode_command(
     shape: Annotated[str | None, typer.Option(help="A named shape with random weights, e.g. llama-3.2-1b.")] = None,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="A real model instead: 'bundled', a directory, a hub id.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="A real model instead: 'bundled', a directory, a hub id.")
+    ] = None,
     recipes: Annotated[str, typer.Option(help="Recipes, separated by ';'.")] = "raw;int8;int4;int2",
     context: Annotated[int, typer.Option(min=1, help="Tokens already in each sequence.")] = 2048,
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
@@ -151,7 +154,9 @@ def bench_decode_command(
     seed: Annotated[int, typer.Option(help="Weights, cache contents and tokens.")] = 0,
     json_file: JsonOption = None,
 ) -> None:
-    """Time whole decode steps over synthetically filled caches, after a correctness gate, beside the speed of memory."""
+    """Time whole decode steps over synthetically filled caches, after a correctness gate, beside the speed of
+    memory.
+    """
     import torch
 
     from kvfold.bench.decode import bench_decode
@@ -180,7 +185,14 @@ def bench_decode_command(
         )
     if json_file != "-":
         bench_report(Console(), rows)
-    _write_json(json_file, {"command": " ".join(["kvfold", *sys.argv[1:]]), "threads": torch.get_num_threads(), "rows": [row.as_json() for row in rows]})
+    _write_json(
+        json_file,
+        {
+            "command": " ".join(["kvfold", *sys.argv[1:]]),
+            "threads": torch.get_num_threads(),
+            "rows": [row.as_json() for row in rows],
+        },
+    )
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:

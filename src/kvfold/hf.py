@@ -1,7 +1,9 @@
-"""The drop-in cache for transformers' ``generate()``: ``model.generate(**inputs, past_key_values=KVCache(model, "int4"))``.
+"""The drop-in cache for transformers' ``generate()``:
+``model.generate(**inputs, past_key_values=KVCache(model, "int4"))``.
 
-Two hooks on the model do the work. Before a forward that carries a :class:`KVCache`, a paged step is opened for the batch and the
-model is switched to the paged attention function; after it, the step is committed and the model is what it was before.
+Two hooks on the model do the work. Before a forward that carries a :class:`KVCache`, a paged step is opened for the
+batch and the model is switched to the paged attention function; after it, the step is committed and the model is what
+it was before.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvfold.cache import PagedCache, SequenceWork, Step
+from kvfold.cache import PagedCache, SequenceWork
 from kvfold.errors import ModelError, UnsupportedError
 from kvfold.formats import parse_bytes
 from kvfold.geometry import Geometry
@@ -31,11 +33,11 @@ _ROLLBACK_TOKENS = 64
 class KVCache(Cache):
     """A paged, packed cache for one ``generate()`` conversation with ``model``.
 
-    ``recipe``: text or :class:`~kvfold.recipe.Recipe`. ``kv_memory``: a hard budget such as ``"2GiB"``; by default the cache grows with
-    its use. ``check``: compare a short paged forward with the stock one first (once for each model).
+    ``recipe``: text or :class:`~kvfold.recipe.Recipe`. ``kv_memory``: a hard budget such as ``"2GiB"``; by default the
+    cache grows with its use. ``check``: compare a short paged forward with the stock one first (once for each model).
 
-    Works for greedy search, sampling, beams, assisted decoding, left-padded batches and further turns on the same cache. Padding
-    takes no memory. Raises UnsupportedError with every reason if the model or the recipe cannot work.
+    Works for greedy search, sampling, beams, assisted decoding, left-padded batches and further turns on the same
+    cache. Padding takes no memory. Raises UnsupportedError with every reason if the model or the recipe cannot work.
     """
 
     def __init__(
@@ -68,7 +70,9 @@ class KVCache(Cache):
             self._seen = np.zeros((batch, 0), dtype=bool)
         if batch != len(self._sequences):
             raise UnsupportedError(
-                f"a batch of {batch} on this cache", why=f"it holds {len(self._sequences)} sequences", hint="use a new KVCache"
+                f"a batch of {batch} on this cache",
+                why=f"it holds {len(self._sequences)} sequences",
+                hint="use a new KVCache",
             )
         real = self._real_tokens(batch, count, attention_mask)
         counts = real.sum(1)
@@ -101,7 +105,9 @@ class KVCache(Cache):
             )
         bits = mask.to("cpu", torch.bool).numpy()
         if (bits[:, :past] != self._seen).any():
-            raise UnsupportedError("a changed attention mask", why="positions already cached cannot be masked or unmasked")
+            raise UnsupportedError(
+                "a changed attention mask", why="positions already cached cannot be masked or unmasked"
+            )
         return bits[:, past:]
 
     def _new_pages(self, dtype: torch.dtype, device: torch.device) -> PagedCache:
@@ -117,10 +123,17 @@ class KVCache(Cache):
 
     # What transformers calls.
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Takes a layer's new rows ``[B, H, T, D]`` and hands them back: the attention function reads the past from the pages."""
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Takes a layer's new rows ``[B, H, T, D]`` and hands them back: the attention function reads the past from the
+        pages.
+        """
         if self._model_step is None:
-            raise ModelError("this KVCache is not in a forward of its model", hint="make it with the model that runs: KVCache(model, ...)")
+            raise ModelError(
+                "this KVCache is not in a forward of its model",
+                hint="make it with the model that runs: KVCache(model, ...)",
+            )
         self._model_step.write_latent(key_states, value_states, layer_idx)
         return key_states, value_states
 
@@ -148,7 +161,9 @@ class KVCache(Cache):
         self._seen = np.zeros((0, 0), dtype=bool)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows become forks of the rows ``beam_idx [B]``: tables are copied, pages are shared until they are written."""
+        """Rows become forks of the rows ``beam_idx [B]``: tables are copied, pages are shared until they are
+        written.
+        """
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -175,7 +190,9 @@ class KVCache(Cache):
             self._pages.truncate(seq, int(length))
 
     def activate_past_recording(self) -> None:
-        """Told before decoding that will roll back: sliding layers keep some tokens behind their window from here on."""
+        """Told before decoding that will roll back: sliding layers keep some tokens behind their window from here
+        on.
+        """
         if self._recording:
             return
         self._recording = True
@@ -266,12 +283,14 @@ class _Hooks:
         if not isinstance(cache, KVCache):
             return None
         inputs = next(
-            (x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if isinstance(x, Tensor)), None
+            (x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if isinstance(x, Tensor)),
+            None,
         )
         if inputs is None:
             raise ModelError("a forward without input_ids or inputs_embeds")
-        kwargs[STEP_KEYWORD] = cache.open_step(inputs.shape[0], inputs.shape[1], kwargs.get("attention_mask"))
-        self._switch.enter()
+        step = cache.open_step(inputs.shape[0], inputs.shape[1], kwargs.get("attention_mask"))
+        kwargs[STEP_KEYWORD] = step
+        self._switch.enter(step)
         self._open.append(cache)
         return args, kwargs
 

@@ -1,15 +1,16 @@
 """How a transformers model runs on a paged step: the registered attention function, and the load check.
 
-The model code is transformers' own. One attention function is registered under the name ``kvfold``; a forward that carries a
-:class:`ModelStep` in its keyword arguments has that function write the new keys and values to the cache and attend over
-the pages. Sequences of any length lie in the rows of the batch (or packed in one row) without padding and without a mask.
+The model code is transformers' own. One attention function is registered under the name ``kvfold``; a forward that
+carries a :class:`ModelStep` in its keyword arguments has that function write the new keys and values to the cache and
+attend over the pages. Sequences of any length lie in the rows of the batch (or packed in one row) without padding and
+without a mask.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from kvfold.attention.latent import LatentProjection
 from kvfold.attention.pieces import AttendedKind, LayerCall
 from kvfold.cache import Step
 from kvfold.errors import UnsupportedError
+from kvfold.geometry import LayerGeometry
 
 __all__ = [
     "ATTENTION_NAME",
@@ -34,6 +36,15 @@ __all__ = [
 ATTENTION_NAME = "kvfold"
 STEP_KEYWORD = "kvfold_step"
 
+_HARMLESS: Final = frozenset({"position_ids", "cache_position", "logits_to_keep", "labels"})
+"""Tensors that a model's forward may hand down to its attention, and that say nothing about it."""
+
+_MEANINGS: Final = {
+    "position_bias": "it adds a learned position bias to its scores",
+    "indices": "it selects keys with its own indexer",
+    "block_indices": "it selects blocks of keys with its own indexer",
+}
+
 
 class ModelStep:
     """One forward of a model: the paged step, and where its tokens lie in the model's ``[B, T]``.
@@ -44,17 +55,34 @@ class ModelStep:
     def __init__(self, step: Step, *, rows: Tensor | None = None) -> None:
         self.step = step
         self.rows = rows
+        self.attended: set[int] = set()
+        self._updated: int | None = None
 
     def write_latent(self, k: Tensor, v: Tensor, layer: int) -> None:
-        """Stores what a latent layer hands to its cache: latents and rotary keys ``[B, 1, T, D]``. Other layers write later."""
-        if self.step.cache.geometry.layers[layer].kind == "latent":
+        """Stores what a latent layer hands to its cache: latents and rotary keys ``[B, 1, T, D]``. Other layers write
+        later.
+
+        The number under which a layer updates its cache is also the one it attends under: a module that runs several
+        times in a forward has one for each time.
+        """
+        self._updated = layer
+        if self._layer(layer).kind == "latent":
             self.step.write(layer, self._flat(k), self._flat(v))
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, call: dict[str, Any]) -> Tensor:
-        """Attention of ``query [B, Hq, T, D]`` with fresh ``key, value [B, H, T, D]``: ``[B, T, Hq, Dv]``, zeros at padding."""
-        index = int(module.layer_idx)  # type: ignore[arg-type]
-        layer = self.step.cache.geometry.layers[index]
-        k, v = self._flat(key), self._flat(value)
+        """Attention of ``query [B, Hq, T, D]`` with fresh ``key, value [B, H, T, D]``: ``[B, T, Hq, Dv]``, zeros at
+        padding.
+        """
+        index = self._updated if self._updated is not None else int(module.layer_idx)  # type: ignore[arg-type]
+        self._updated = None
+        if index in self.attended:
+            raise UnsupportedError(f"attention of {type(module).__name__}", why="it attends more than once in a layer")
+        self.attended.add(index)
+        layer = self._layer(index)
+        q, k, v = self._flat(query), self._flat(key), self._flat(value)
+        tiles = k.shape[1] // layer.kv_heads if layer.kind not in ("latent", "none") else 1
+        if tiles > 1:
+            q, k, v = _gathered(q, tiles), k[:, : layer.kv_heads], v[:, : layer.kv_heads]
         latent = None
         if layer.kind == "latent":
             nope = query.shape[-1] - layer.v_dim
@@ -69,17 +97,35 @@ class ModelStep:
             sinks=call["s_aux"],
             latent=latent,
         )
-        out = self.step.attend(index, self._flat(query), k, v, ask)
+        out = self.step.attend(index, q, k, v, ask)
+        if tiles > 1:
+            out = _gathered(out, layer.kv_heads)
         if self.rows is not None:
             padded = out.new_zeros((query.shape[0] * query.shape[2], *out.shape[1:]))
             out = padded.index_copy_(0, self.rows, out)
         return out.reshape(query.shape[0], query.shape[2], *out.shape[1:])
+
+    def _layer(self, index: int) -> LayerGeometry:
+        layers = self.step.cache.geometry.layers
+        if index >= len(layers):
+            raise UnsupportedError(f"attention of layer {index}", why=f"its config knows of {len(layers)} layers")
+        return layers[index]
 
     def _flat(self, x: Tensor) -> Tensor:
         """``[B, H, T, D]`` to the stored tokens' rows ``[N, H, D]``."""
         flat = x.transpose(1, 2)
         flat = flat.squeeze(0) if flat.shape[0] == 1 else flat.reshape(-1, *flat.shape[2:])
         return flat if self.rows is None else flat.index_select(0, self.rows)
+
+
+def _gathered(x: Tensor, tiles: int) -> Tensor:
+    """Heads ``[N, tiles * n, D]`` reordered from tile by tile to head by head: ``[N, n * tiles, D]``.
+
+    A model that repeats its KV heads as a whole (``repeat``, not ``repeat_interleave``) has its query heads in that
+    order.
+    """
+    tiled: Tensor = x.unflatten(1, (tiles, -1))
+    return tiled.transpose(1, 2).flatten(1, 2)
 
 
 def attention_forward(
@@ -92,25 +138,28 @@ def attention_forward(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    indices: Tensor | None = None,
     kvfold_step: ModelStep | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """The function registered with transformers' ``AttentionInterface`` (shapes as there: ``[B, H, T, D]`` in, ``[B, T, H, D]`` out).
+    """The function registered with transformers' ``AttentionInterface`` (shapes as there: ``[B, H, T, D]`` in,
+    ``[B, T, H, D]`` out).
 
-    ``attention_mask`` is not read: models build none for this implementation, and a step knows which tokens are real. Raises
-    UnsupportedError for a forward without a step and for arguments that the paged path cannot honour.
+    A step knows which tokens are real, and models build no mask for this implementation: one that comes nevertheless is
+    the layer's own making. Raises UnsupportedError for it, for a forward without a step, and for tensors among the
+    arguments that the paged path would have to ignore.
     """
     name = type(module).__name__
+    if kvfold_step is None:  # a layer may not hand its keyword arguments on; its config is the model's all the same
+        kvfold_step = getattr(getattr(module, "config", None), STEP_KEYWORD, None)
     if kvfold_step is None:
-        raise UnsupportedError(
-            f"attention of {name}", why="the forward carries no cache step", hint="pass past_key_values=KVCache(model, ...)"
-        )
-    if position_bias is not None:
-        raise UnsupportedError(f"attention of {name}", why="it adds a learned position bias to its scores")
-    if indices is not None:
-        raise UnsupportedError(f"attention of {name}", why="it selects keys with its own indexer")
+        hint = "pass past_key_values=KVCache(model, ...)"
+        raise UnsupportedError(f"attention of {name}", why="the forward carries no cache step", hint=hint)
+    if attention_mask is not None:
+        raise UnsupportedError(f"attention of {name}", why="it makes an attention mask of its own")
+    unknown = [key for key, value in others.items() if isinstance(value, Tensor) and key not in _HARMLESS]
+    if unknown:
+        why = "; ".join(_MEANINGS.get(key, f"it passes {key}, which the paged path does not know") for key in unknown)
+        raise UnsupportedError(f"attention of {name}", why=why)
     call = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux}
     return kvfold_step.attend(module, query, key, value, call), None
 
@@ -131,21 +180,23 @@ class AttentionSwitch:
         self._configs = list(configs.values())
         self._before: list[Any] = []
 
-    def enter(self) -> None:
-        """Switches to paged attention."""
+    def enter(self, step: ModelStep) -> None:
+        """Switches to paged attention. ``step`` is for the layers that do not hand their keyword arguments on."""
         self._before = [config._attn_implementation_internal for config in self._configs]
         for config in self._configs:
             config._attn_implementation_internal = ATTENTION_NAME
+            config.__dict__[STEP_KEYWORD] = step
 
     def leave(self) -> None:
         """Switches back to what was set before :meth:`enter`."""
         for config, before in zip(self._configs, self._before, strict=True):
             config._attn_implementation_internal = before
+            config.__dict__.pop(STEP_KEYWORD, None)
 
     @contextmanager
-    def active(self) -> Iterator[None]:
-        """``with switch.active(): model(...)``."""
-        self.enter()
+    def active(self, step: ModelStep) -> Iterator[None]:
+        """``with switch.active(step): model(...)``."""
+        self.enter(step)
         try:
             yield
         finally:
@@ -153,20 +204,35 @@ class AttentionSwitch:
 
 
 class StepCache(Cache):
-    """The cache object that latent (MLA) models see in a packed forward: takes the latents, hands back the new rows only."""
+    """The cache object that a model sees in a packed forward: takes latents, hands back the new rows only.
 
-    def __init__(self, step: ModelStep) -> None:
+    ``positions [N]``: of the tokens in the row.
+    """
+
+    def __init__(self, step: ModelStep, positions: Tensor) -> None:
         super().__init__(layers=[])
         self.step = step
+        self._positions = positions
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Writes latents ``[1, 1, T, D]``; other layers' tensors pass through and are written by the attention function."""
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Writes latents ``[1, 1, T, D]``; other layers' tensors pass through and are written by the attention
+        function.
+        """
         self.step.write_latent(key_states, value_states, layer_idx)
         return key_states, value_states
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """0: positions are given explicitly, and only the new rows are visible to the model code."""
-        return 0
+    def get_seq_length(self, layer_idx: int | None = None) -> int:
+        """0: positions are given explicitly, and only the new rows are visible to the model code.
+
+        A layer that asks for itself counts its own positions, as ``arange(N) + seen``: it gets the tensor ``[N]`` that
+        makes them right.
+        """
+        if layer_idx is None:
+            return 0
+        rows = torch.arange(self._positions.numel(), device=self._positions.device)
+        return cast("int", self._positions - rows)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """The new rows only."""
@@ -176,8 +242,9 @@ class StepCache(Cache):
 class RopeGuard:
     """Evaluates length-dependent rotary embeddings (longrope, dynamic NTK) sequence by sequence.
 
-    transformers chooses their frequencies from the largest position of the whole batch, so a short sequence packed beside a
-    long one would silently change. A forward hook on each such module recomputes its result for every segment.
+    transformers chooses their frequencies from the largest position of the whole batch, so a short sequence packed
+    beside a long one would silently change. A forward hook on each such module recomputes its result for every segment,
+    and from fresh frequencies: dynamic ones otherwise stay as wide as the longest sequence so far made them.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -208,16 +275,29 @@ class RopeGuard:
             hook.remove()
 
     def _per_segment(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if len(self._segments) < 2:
+        if not self._segments:
             return output
-        names = ("x", "position_ids")
+        names = ("x", "position_ids", "layer_type")
         given = dict(zip(names, args, strict=False)) | kwargs
         positions = given.pop("position_ids")
         x = given.pop("x")
-        parts = [module.forward(x, position_ids=part, **given) for part in positions.split(list(self._segments), dim=-1)]
+        parts = []
+        for part in positions.split(list(self._segments), dim=-1):
+            _forget_length(module)
+            parts.append(module.forward(x, position_ids=part, **given))
         if isinstance(output, Tensor):
             return torch.cat(parts, dim=-2)
         return tuple(torch.cat(tensors, dim=-2) for tensors in zip(*parts, strict=True))
+
+
+def _forget_length(module: nn.Module) -> None:
+    """Sets a dynamic rotary embedding, of one or of several layer types, back to the frequencies it was made with."""
+    rope_type = getattr(module, "rope_type", None)
+    for prefix in [f"{name}_" for name in rope_type] if isinstance(rope_type, dict) else [""]:
+        original = getattr(module, f"{prefix}original_inv_freq", None)
+        if isinstance(original, Tensor):
+            getattr(module, f"{prefix}inv_freq").copy_(original)
+            setattr(module, f"{prefix}max_seq_len_cached", getattr(module, "original_max_seq_len", 0))
 
 
 def _length_dependent(rope_type: object) -> bool:

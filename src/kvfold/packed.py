@@ -22,17 +22,22 @@ _CHECK_SPLITS = ((6, 5), (3, 0))
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 _HALF_TOLERANCE = 0.25
-"""Largest difference of a logit, in standard deviations of the logits: rounding stays far below, a wrong mask far above."""
+"""Largest difference of a logit, in standard deviations of the logits: rounding stays far below, a wrong mask far
+above.
+"""
 
 
 class PackedModel:
-    """Runs sequences of any length, packed in one row, through a model on a paged step."""
+    """Runs sequences of any length, packed in one row, through a model on a paged step.
+
+    ``attended``: the layers that have attended on pages so far.
+    """
 
     def __init__(self, model: PreTrainedModel, geometry: Geometry) -> None:
         self.model = model
         self.switch = AttentionSwitch(model)
+        self.attended: set[int] = set()
         self._rope = RopeGuard(model)
-        self._latent = any(layer.kind == "latent" for layer in geometry.layers)
 
     @torch.inference_mode()
     def forward(self, step: Step, tokens: Tensor, positions: Tensor, keep: Tensor, segments: Sequence[int]) -> Tensor:
@@ -41,15 +46,18 @@ class PackedModel:
         ``segments``: tokens of each packed sequence, in order.
         """
         model_step = ModelStep(step)
-        with self.switch.active(), self._rope.over(segments):
-            output = self.model(
-                input_ids=tokens[None],
-                position_ids=positions[None],
-                past_key_values=StepCache(model_step) if self._latent else None,
-                use_cache=False,
-                logits_to_keep=keep,
-                **{STEP_KEYWORD: model_step},
-            )
+        try:
+            with self.switch.active(model_step), self._rope.over(segments):
+                output = self.model(
+                    input_ids=tokens[None],
+                    position_ids=positions[None],
+                    past_key_values=StepCache(model_step, positions),
+                    use_cache=False,
+                    logits_to_keep=keep,
+                    **{STEP_KEYWORD: model_step},
+                )
+        finally:
+            self.attended |= model_step.attended
         logits: Tensor = output.logits[0]
         return logits if logits.shape[0] == keep.numel() else logits.index_select(0, keep)
 
@@ -73,32 +81,56 @@ def check_model(model: PreTrainedModel, geometry: Geometry) -> None:
     model.eval()
     packed = PackedModel(model, geometry)
     try:
-        with torch.inference_mode():
-            wanted = [model(input_ids=prompt[None], use_cache=False).logits[0] for prompt in prompts]
+        wanted = [_stock_logits(model, prompt) for prompt in prompts]
         found = _packed_logits(packed, geometry, prompts)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"model {name}", why=str(error)) from error
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
-        raise UnsupportedError(f"model {name}", why=f"its packed forward fails with {type(error).__name__}: {error}") from error
+        where = "" if packed.attended else " before any layer attends through transformers' attention interface"
+        why = f"its packed forward fails{where}, with {type(error).__name__}: {error}"
+        raise UnsupportedError(f"model {name}", why=why) from error
     finally:
         packed.release()
         model.train(training)
+    if not packed.attended:
+        raise UnsupportedError(f"model {name}", why="no layer attends through transformers' attention interface")
+    tolerance = _TOLERANCE.get(model.dtype, _HALF_TOLERANCE)
     for want, got in zip(wanted, found, strict=True):
         if not bool(torch.isfinite(want).all()):
-            raise ModelError(f"model {name}", why="its own logits are not finite", hint="check the weights and the dtype")
-        want, got = want.float(), got.float()
-        error_size = float((want - got).abs().max() / want.std().clamp_min(1e-6))
-        if not error_size <= _TOLERANCE.get(model.dtype, _HALF_TOLERANCE):
-            raise UnsupportedError(
-                f"model {name}",
-                why=f"its logits on paged attention differ from the stock path by {error_size:.2g} standard deviations",
-                hint="this family does something with keys, masks or positions that the paged path does not know",
-            )
+            hint = "check the weights and the dtype"
+            raise ModelError(f"model {name}", why="its own logits are not finite", hint=hint)
+        error_size = _deviation(got, want)
+        if not error_size <= tolerance:
+            positions = _own_positions(model, prompts[0])
+            own = "it numbers positions in its own way" if positions else "it has keys or masks of its own"
+            why = f"its logits on paged attention differ from the stock path by {error_size:.2g} standard deviations"
+            raise UnsupportedError(f"model {name}", why=f"{why}: {own}")
+
+
+def _stock_logits(model: PreTrainedModel, prompt: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Logits ``[n, V]`` of the model's own forward, in float32, at its own or at the given ``positions [n]``."""
+    given = {} if positions is None else {"position_ids": positions[None]}
+    with torch.inference_mode():
+        logits: Tensor = model(input_ids=prompt[None], use_cache=False, **given).logits[0]
+    return logits.float()
+
+
+def _own_positions(model: PreTrainedModel, prompt: Tensor) -> bool:
+    """Whether a model's positions do not start at 0, or are not the ones it is given."""
+    own = _stock_logits(model, prompt)
+    positions = torch.arange(prompt.numel(), device=prompt.device)
+    errors = [_deviation(_stock_logits(model, prompt, given), own) for given in (positions, 2 * positions)]
+    return [error < _TOLERANCE[torch.float32] for error in errors] != [True, False]
+
+
+def _deviation(found: Tensor, wanted: Tensor) -> float:
+    """Largest difference of a logit, in standard deviations of the wanted ones."""
+    return float((found.float() - wanted).abs().max() / wanted.std().clamp_min(1e-6))
 
 
 def _packed_logits(packed: PackedModel, geometry: Geometry, prompts: Sequence[Tensor]) -> list[Tensor]:
     """Logits ``[n, V]`` of every token of each prompt, computed in the chunks of ``_CHECK_SPLITS``."""
-    cache = PagedCache(
-        geometry, Recipe(), dtype=packed.model.dtype, device=packed.model.device, prefix_caching=False
-    )
+    cache = PagedCache(geometry, Recipe(), dtype=packed.model.dtype, device=packed.model.device, prefix_caching=False)
     sequences = [cache.create() for _ in prompts]
     parts: list[list[Tensor]] = [[] for _ in prompts]
     done = [0] * len(prompts)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from kvfold.bench.decode import DecodeRow
@@ -19,16 +21,14 @@ def demo_report(console: Console, document: Document, rows: Sequence[DemoRow], *
     """The document in one line, a sample of questions and answers, and the table of recipes."""
     if not rows:
         return
-    tokens = rows[0].context_tokens
-    console.print(f"A document of {len(document.text):,} characters from Python's own documentation, {tokens:,} tokens")
-    console.print(f"with its questions; {rows[0].answers_total} facts are planted in it and asked for.\n")
-    _answer_table(console, rows, limit=None if answers else 3)
-    table = Table(title="The same questions, from caches of different size", title_justify="left", caption_justify="left")
-    table.caption = (
-        "KV bytes: blocks allocated for the whole text, with sinks, recent window, scales, slack and tables.\n"
-        f"KL and top-1 agreement: against raw, on the same {rows[0].positions:,} teacher-forced tokens."
+    first = rows[0]
+    console.print(
+        f"A stretch of Python's own documentation ({len(document.text):,} characters) with {first.answers_total} facts."
+        f"\nThe model reads it once ({first.context_tokens:,} tokens with the questions) and is asked for each.\n"
     )
-    for heading in ("recipe", "KV bytes", "smaller", "decode tok/s", "answers right", "mean KL", "top-1 same"):
+    _print_answers(console, rows, limit=None if answers else 3)
+    table = Table(title="The same questions, from caches of different size", title_justify="left", box=SIMPLE_HEAD)
+    for heading in ("recipe", "KV cache", "smaller", "tok/s", "answers", "mean KL", "top-1"):
         table.add_column(heading, justify="left" if heading == "recipe" else "right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -36,37 +36,36 @@ def demo_report(console: Console, document: Document, rows: Sequence[DemoRow], *
             format_bytes(row.kv_bytes),
             f"{row.compression:.2f}x",
             f"{row.decode_tok_s:.0f}",
-            f"{row.answers_right} / {row.answers_total}",
+            f"{row.answers_right} of {row.answers_total}",
             f"{row.kl:.4f}",
             f"{row.top1_agreement:.1%}",
         )
     console.print(table)
+    console.print(
+        "KV cache: bytes of all blocks allocated for the text; sinks, recent window, scales, slack, tables counted.\n"
+        "tok/s: decoding one sequence at the end of the text. KL (nats) and top-1 agreement: against raw, on the same\n"
+        f"{first.positions:,} teacher-forced tokens, through the runtime that serves.",
+        style="dim",
+    )
 
 
-def _answer_table(console: Console, rows: Sequence[DemoRow], limit: int | None) -> None:
-    table = Table(title="What was asked, and what each cache answered", title_justify="left")
-    table.add_column("question", overflow="fold")
-    table.add_column("planted", no_wrap=True)
-    for row in rows:
-        table.add_column(row.recipe, no_wrap=True, max_width=14)
+def _print_answers(console: Console, rows: Sequence[DemoRow], limit: int | None) -> None:
     for i, answer in enumerate(rows[0].answers[:limit]):
-        said = [row.answers[i] for row in rows]
-        marks = [f"[green]{a.said.strip()}[/]" if a.right else f"[red]{a.said.strip()} ✗[/]" for a in said]
-        table.add_row(answer.question, answer.expected, *marks)
-    console.print(table)
+        console.print(f"[bold]{escape(answer.question)}[/]")
+        for row in rows:
+            said = row.answers[i]
+            mark = "[green]right[/]" if said.right else f"[red]wrong[/], planted: {escape(said.expected)}"
+            console.print(f"  {row.recipe:<6} {escape(said.said.strip())}  {mark}")
     if limit is not None and len(rows[0].answers) > limit:
-        console.print(f"(the first {limit} of {len(rows[0].answers)}; all of them with --answers)\n")
+        console.print(f"(the first {limit} of {len(rows[0].answers)}; all of them with --answers)\n", style="dim")
 
 
 def bench_report(console: Console, rows: Sequence[DecodeRow]) -> None:
     """One row for each contestant."""
     if not rows:
         return
-    table = Table(title=f"Decode, {rows[0].batch} x {rows[0].context:,} tokens", title_justify="left", caption_justify="left")
-    table.caption = (
-        f"Limit: weights and cache bytes read once at the machine's stream bandwidth, {rows[0].stream_gb_s:.1f} GB/s here.\n"
-        "KL: mean over the batch against raw on the first step, over random cache contents."
-    )
+    title = f"Decode, {rows[0].batch} x {rows[0].context:,} tokens"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for heading in ("", "ms / step", "tok/s", "KV bytes", "smaller", "of limit", "vs rival", "KL"):
         table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
     for row in rows:
@@ -81,10 +80,19 @@ def bench_report(console: Console, rows: Sequence[DecodeRow]) -> None:
             f"{row.kl:.4f}",
         )
     console.print(table)
+    console.print(
+        f"of limit: weights and cache bytes read once at this machine's stream rate ({rows[0].stream_gb_s:.1f} GB/s).\n"
+        "KL: against raw on the first step, over random cache contents.",
+        style="dim",
+    )
 
 
 def stats_report(console: Console, stats: Mapping[str, object]) -> None:
     """Name and value, one a line."""
     for name, value in stats.items():
         shown = format_bytes(value) if name.endswith("_bytes") and isinstance(value, int) else value
-        console.print(f"{name.replace('_', ' ')}: {shown:.4g}" if isinstance(shown, float) else f"{name.replace('_', ' ')}: {shown}")
+        console.print(
+            f"{name.replace('_', ' ')}: {shown:.4g}"
+            if isinstance(shown, float)
+            else f"{name.replace('_', ' ')}: {shown}"
+        )

@@ -1,7 +1,9 @@
-"""Every causal model family of the installed transformers, each as a tiny random model that still has all its kinds of layers.
+"""Every causal model family of the installed transformers, each as a tiny random model that still has all its kinds of
+layers.
 
-Configs are shrunk mechanically: every attribute with a known meaning gets a small value, every list with one entry per layer
-is cut to a few layers that cover all its entries. What these mechanics cannot know about a family is data in ``overrides``.
+Configs are shrunk mechanically: every attribute with a known meaning gets a small value, every list with one entry per
+layer is cut to a few layers that cover all its entries. What these mechanics cannot know about a family is data in
+``overrides``.
 """
 
 from __future__ import annotations
@@ -22,7 +24,18 @@ __all__ = ["VOCAB", "base_family", "build_model", "families", "tiny_config"]
 VOCAB = SIZES["vocab_size"]
 _COUNT_NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 _KEEP_NONE = frozenset(
-    {"sliding_window", "attention_chunk_size", "head_dim", "qk_head_dim", "num_experts_per_tok", "n_shared_experts"}
+    {
+        "attention_chunk_size",
+        "head_dim",
+        "n_group",
+        "n_routed_experts",
+        "n_shared_experts",
+        "num_experts_per_tok",
+        "num_key_value_heads",
+        "qk_head_dim",
+        "sliding_window",
+        "topk_group",
+    }
 )
 """Sizes that are given although the default leaves them out: some defaults are no model."""
 
@@ -48,25 +61,27 @@ def build_model(config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            _redraw(name, parameter, generator)
+        for parameter in model.parameters():
+            _redraw(parameter, generator)
     model.requires_grad_(False)
     return model
 
 
-def _redraw(name: str, parameter: nn.Parameter, generator: torch.Generator) -> None:
-    """Matrices get standard deviation ``1 / sqrt(fan_in)``, learned sink logits 1, other vectors stay as they are."""
+def _redraw(parameter: nn.Parameter, generator: torch.Generator) -> None:
+    """Matrices get standard deviation ``1 / sqrt(fan_in)``; vectors (norms, biases, learned sinks) are shaken a
+    little.
+    """
+    noise: Tensor = torch.randn(parameter.shape, generator=generator)
     if parameter.dim() >= 2:
-        noise: Tensor = torch.randn(parameter.shape, generator=generator)
         parameter.copy_(noise / math.sqrt(parameter.shape[-1]))
-    elif name.rpartition(".")[2] in ("sinks", "sink", "attention_sink_bias", "attn_sink"):
-        parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    elif not bool(torch.isfinite(parameter).all()):
-        parameter.zero_()
+    else:
+        parameter.nan_to_num_(0.0).add_(noise, alpha=0.1)
 
 
 def _shrink(kind: type[PreTrainedConfig], given: dict[str, Any], part: str = "") -> PreTrainedConfig:
-    """A small config of class ``kind``; ``given`` wins over the mechanics, and holds dicts for the parts of a wrapper."""
+    """A small config of class ``kind``; ``given`` wins over the mechanics, and holds dicts for the parts of a
+    wrapper.
+    """
     default = kind()
     parts = {
         name: _shrink(type(value), OVERRIDES.get(value.model_type, {}) | given.get(name, {}), name)
@@ -74,7 +89,9 @@ def _shrink(kind: type[PreTrainedConfig], given: dict[str, Any], part: str = "")
     }
     sizes = SIZES | (PART_SIZES if part and "text" not in part else {})
     values = {name: value for name, value in sizes.items() if _wants(default, name)}
-    if "kv_lora_rank" in values:  # latent attention: the head dim of the config is the rotary part, and no heads are shared
+    if (
+        "kv_lora_rank" in values
+    ):  # latent attention: the head dim of the config is the rotary part, and no heads are shared
         values |= {"head_dim": values["qk_rope_head_dim"]} if "head_dim" in values else {}
         values |= {"num_key_value_heads": values["num_attention_heads"]} if "num_key_value_heads" in values else {}
     values |= _thinned(default, int(given.get("_layers", LAYERS)), values)
@@ -132,6 +149,10 @@ def _thinned(default: PreTrainedConfig, layers: int, values: dict[str, Any]) -> 
     rest = [index for index in range(count) if index not in chosen]
     chosen = sorted([*chosen, *rest[: layers - len(chosen)]])
     cut = {key: [_small(key, value[index]) for index in chosen] for key, value in lists.items()}
+    if "sliding_window" in values and set(cut.get("layer_types", ())) == {
+        "full_attention"
+    }:  # it has windows, off by default
+        cut["layer_types"] = [("full_attention", "sliding_attention")[place % 2] for place in range(len(chosen))]
     return cut | {other: len(chosen) for other in _COUNT_NAMES if other in values}
 
 

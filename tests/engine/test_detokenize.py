@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kvfold.engine.detokenize import TextStream
 from tests.engine.tiny_engine import byte_tokenizer
 

@@ -8,8 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kvfold.engine.request import SamplingParams
-from kvfold.engine.sampling import RowSampler, _draw, sample
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -17,6 +15,9 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+from kvfold.engine.request import SamplingParams
+from kvfold.engine.sampling import RowSampler, _draw, sample
 
 
 def warped(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> torch.Tensor:
@@ -33,20 +34,31 @@ def warped(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, m
 
 def by_inversion(logits: torch.Tensor, params: SamplingParams, grid: int = 4000) -> torch.Tensor:
     """Probabilities [V] of one row, measured by drawing with an even grid of uniform numbers."""
-    scores = (logits - logits.max()) / params.temperature
     uniform = (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
-    row = RowSampler(params)
-    tokens = _draw(scores[None].repeat(grid, 1), uniform, *row.filters)
+    heat = torch.full((grid,), params.temperature)
+    rows = logits[None].repeat(grid, 1)
+    tokens = _draw(rows, rows.amax(-1), heat, uniform, RowSampler(params).filters)
     return torch.bincount(tokens, minlength=len(logits)).double() / grid
 
 
 @pytest.mark.parametrize(
     ("top_k", "top_p", "min_p"),
-    [(0, 1.0, 0.0), (5, 1.0, 0.0), (0, 0.8, 0.0), (0, 1.0, 0.1), (20, 0.7, 0.0), (20, 0.9, 0.05), (0, 0.9, 0.2), (1, 0.5, 0.5)],
+    [
+        (0, 1.0, 0.0),
+        (5, 1.0, 0.0),
+        (0, 0.8, 0.0),
+        (0, 1.0, 0.1),
+        (20, 0.7, 0.0),
+        (20, 0.9, 0.05),
+        (0, 0.9, 0.2),
+        (1, 0.5, 0.5),
+    ],
 )
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 3.0])
-@pytest.mark.parametrize("vocab", [7, 1000])
-def test_filters_agree_with_transformers(top_k: int, top_p: float, min_p: float, temperature: float, vocab: int) -> None:
+@pytest.mark.parametrize("vocab", [7, 64, 1000])
+def test_filters_agree_with_transformers(
+    top_k: int, top_p: float, min_p: float, temperature: float, vocab: int
+) -> None:
     logits = 3 * torch.randn(vocab, generator=torch.Generator().manual_seed(vocab))
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     found = by_inversion(logits, params)
@@ -75,7 +87,9 @@ def test_drawing_with_a_seed_follows_the_distribution() -> None:
 def test_greedy_is_the_likeliest_and_leaves_the_logits_alone() -> None:
     logits = torch.randn(16, 50)
     before = logits.clone()
-    rows = [RowSampler(SamplingParams(temperature=0.9 * (i % 2), repetition_penalty=1.5), prompt=[1]) for i in range(16)]
+    rows = [
+        RowSampler(SamplingParams(temperature=0.9 * (i % 2), repetition_penalty=1.5), prompt=[1]) for i in range(16)
+    ]
     sample(logits, rows)
     assert torch.equal(logits, before)
     assert sample(logits, [RowSampler(SamplingParams())] * 16).tokens == logits.argmax(-1).tolist()
@@ -95,9 +109,15 @@ row_params = st.builds(
 
 
 @settings(max_examples=25, deadline=None)
-@given(own=row_params, neighbours=st.lists(row_params, max_size=5), place=st.integers(0, 5), seed=st.integers(0, 2**40))
+@given(
+    own=row_params,
+    neighbours=st.lists(row_params, max_size=5),
+    place=st.integers(0, 5),
+    seed=st.integers(0, 2**40),
+    vocab=st.sampled_from([30, 64, 601, 4096, 9001]),
+)
 def test_a_row_does_not_depend_on_its_neighbours(
-    own: SamplingParams, neighbours: list[SamplingParams], place: int, seed: int
+    own: SamplingParams, neighbours: list[SamplingParams], place: int, seed: int, vocab: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     place = min(place, len(neighbours))
@@ -106,7 +126,7 @@ def test_a_row_does_not_depend_on_its_neighbours(
     rows.insert(place, among)
     for _ in range(4):
         # Rounded: equal logits are what bfloat16 models give.
-        logits = (2 * torch.randn(len(rows), 600, generator=generator)).bfloat16().float()
+        logits = (2 * torch.randn(len(rows), vocab, generator=generator)).bfloat16().float()
         one, many = sample(logits[place : place + 1].clone(), [alone]), sample(logits, rows)
         assert one.tokens[0] == many.tokens[place]
         assert one.logprobs.get(0) == many.logprobs.get(place)
@@ -115,7 +135,9 @@ def test_a_row_does_not_depend_on_its_neighbours(
             row.accept(token)
 
 
-def reference_penalties(logits: torch.Tensor, prompt: list[int], output: list[int], params: SamplingParams) -> torch.Tensor:
+def reference_penalties(
+    logits: torch.Tensor, prompt: list[int], output: list[int], params: SamplingParams
+) -> torch.Tensor:
     """The definitions, token by token."""
     out = logits.clone()
     for token in set(prompt) | set(output):

@@ -7,6 +7,7 @@ import math
 import typing
 
 import pytest
+
 from kvfold.engine import SamplingParams
 from kvfold.errors import RequestError
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from kvfold.engine import Engine
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from kvfold.engine import Engine
 
 VOCAB = 320
 EOS = 2

@@ -1,39 +1,23 @@
 """The memory manager against a naive model: every operation, in any order, over several groups and small budgets.
 
-The model knows, token by token, which blocks a sequence must have and in which state, and plays the device: it copies, writes,
-encodes and decodes what the manager asks for, and remembers what every physical block holds. A slot holds the position and
-the digest of all tokens up to it, so any mistake in sharing, copying or sealing reads back wrong.
+The model knows, token by token, which blocks a sequence must have and in which state, and plays the device: it copies,
+writes, encodes and decodes what the manager asks for, and remembers what every physical block holds. A slot holds the
+position and the digest of all tokens up to it, so any mistake in sharing, copying or sealing reads back wrong.
 """
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Callable
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvfold.errors import BudgetError, CacheFullError, RequestError, UnsupportedError
 from kvfold.memory.manager import CacheManager, GroupSpec, Reservation, Seal, Unseal
-
-GROUPS = st.builds(
-    lambda kind, window, raw, packed, sinks, recent: GroupSpec(
-        name=kind,
-        raw_block_bytes=64 * raw,
-        packed_block_bytes=64 * packed,
-        sinks=sinks,
-        recent=recent,
-        kind=kind,
-        window=None if kind == "full" else window,
-    ),
-    kind=st.sampled_from(["full", "full", "sliding", "chunked"]),
-    window=st.integers(1, 14),
-    raw=st.integers(1, 6),
-    packed=st.integers(0, 4),
-    sinks=st.integers(0, 5),
-    recent=st.integers(0, 9),
-)
 
 
 class ModelSequence:
@@ -42,13 +26,11 @@ class ModelSequence:
     def __init__(self, groups: int) -> None:
         self.tokens: list[int] = []
         self.packed: list[set[int]] = [set() for _ in range(groups)]
-        self.gone: list[int] = [0] * groups  # positions before this one may have been released
 
     def copy(self) -> ModelSequence:
         other = ModelSequence(len(self.packed))
         other.tokens = list(self.tokens)
         other.packed = [set(blocks) for blocks in self.packed]
-        other.gone = list(self.gone)
         return other
 
 
@@ -69,27 +51,20 @@ def visible(spec: GroupSpec, position: int, length: int) -> bool:
     return True
 
 
-class MemoryMachine(RuleBasedStateMachine):
-    @initialize(
-        groups=st.lists(GROUPS, min_size=1, max_size=3),
-        size=st.integers(1, 4),
-        blocks=st.integers(4, 60),
-        growable=st.sampled_from([False, False, False, True]),
-        caching=st.sampled_from([True, True, True, False]),
-    )
-    def start(self, groups: list[GroupSpec], size: int, blocks: int, growable: bool, caching: bool) -> None:
+class World:
+    """A manager, the model of it, and the device's memory. Each method does one thing to both and compares."""
+
+    def __init__(self, groups: list[GroupSpec], size: int, blocks: int, *, growable: bool, caching: bool) -> None:
         self.size = size
         self.groups = groups
         self.growable = growable
-        budget = blocks * max(max(g.raw_block_bytes, g.packed_block_bytes) for g in groups) + 40
-        self.manager = None
+        self.budget = blocks * max(max(g.raw_block_bytes, g.packed_block_bytes) for g in groups) + 40
         try:
-            self.manager = CacheManager(groups, budget, size, growable=growable, prefix_caching=caching)
+            self.manager = CacheManager(groups, self.budget, size, growable=growable, prefix_caching=caching)
         except BudgetError:
             assert blocks < 8
-            self.manager = CacheManager(groups, budget * 8, size, growable=growable, prefix_caching=caching)
-            budget *= 8
-        self.budget = budget
+            self.budget *= 8
+            self.manager = CacheManager(groups, self.budget, size, growable=growable, prefix_caching=caching)
         self.model: dict[int, ModelSequence] = {}
         self.memory: dict[tuple[int, str, int], list[tuple[int, int] | None]] = {}
         self.open: dict[int, tuple[Reservation, list[int]]] = {}
@@ -97,16 +72,11 @@ class MemoryMachine(RuleBasedStateMachine):
         self.unfinished_unseals: list[Unseal] = []
         self.versions: dict[int, tuple[int, object]] = {}
 
-    # ------------------------------------------------------------------------------------------------- helpers
-
     def settled(self) -> list[int]:
         return [seq for seq in self.model if seq not in self.open]
 
     def content(self, group: int, state: str, block: int) -> list[tuple[int, int] | None]:
         return self.memory.setdefault((group, state, block), [None] * self.size)
-
-    def pick(self, data: st.DataObject, choices: list[int]) -> int:
-        return data.draw(st.sampled_from(choices))
 
     def snapshot(self) -> object:
         manager = self.manager
@@ -118,9 +88,6 @@ class MemoryMachine(RuleBasedStateMachine):
         lengths = {seq: (manager.length(seq), manager.table_version(seq)) for seq in manager.sequences()}
         return tables, pools, lengths, manager.arena.generation, manager.stats(), manager.usage()
 
-    def draw_tokens(self, data: st.DataObject, low: int = 1, high: int = 14) -> list[int]:
-        return data.draw(st.lists(st.integers(0, 1), min_size=low, max_size=high))
-
     def play(self, reservation: Reservation, tokens: list[int]) -> None:
         """What the device does between reserve and commit."""
         model, size = self.model[reservation.seq], self.size
@@ -129,6 +96,7 @@ class MemoryMachine(RuleBasedStateMachine):
             assert copy.src != copy.dst
             self.memory[copy.group, copy.state, copy.dst] = list(self.content(copy.group, copy.state, copy.src))
         known = digests(model.tokens + tokens)
+        end = len(known)
         for group, (spec, runs) in enumerate(zip(self.groups, reservation.runs, strict=True)):
             written: list[int] = []
             for run in runs:
@@ -138,23 +106,19 @@ class MemoryMachine(RuleBasedStateMachine):
                     assert position == reservation.start + run.token_start + k
                     block[slot] = (position, known[position])
                     written.append(position)
-                if run.state == "packed":
-                    assert (run.slot_start, run.slot_stop) == (0, size)
-            end = len(known)
-            expected = [
+                assert run.state == "raw" or (run.slot_start, run.slot_stop) == (0, size)
+            wanted = [
                 p
                 for p in range(reservation.start, end)
                 if any(visible(spec, q, end) for q in range(p // size * size, p // size * size + size))
             ]
-            assert written == expected
+            assert written == wanted
         self.open[reservation.seq] = (reservation, tokens)
 
     def expected_blocks(self, model: ModelSequence, group: int) -> tuple[list[int], list[int]]:
         """Raw and packed block indices by the rules."""
         length, size, spec = len(model.tokens), self.size, self.groups[group]
-        live = [
-            b for b in range(-(-length // size)) if any(visible(spec, p, length) for p in range(b * size, (b + 1) * size))
-        ]
+        live = [b for b in range(-(-length // size)) if any(visible(spec, b * size + i, length) for i in range(size))]
         raw = [b for b in live if b not in model.packed[group]]
         return raw, [b for b in live if b in model.packed[group]]
 
@@ -163,25 +127,19 @@ class MemoryMachine(RuleBasedStateMachine):
         length = len(model.tokens)
         for spec, packed in zip(self.groups, model.packed, strict=True):
             for block in range(length // self.size if spec.packed_block_bytes else 0):
-                sinks = block * self.size < spec.sinks
-                if not sinks and (block + 1) * self.size <= length - spec.recent:
+                if block * self.size >= spec.sinks and (block + 1) * self.size <= length - spec.recent:
                     packed.add(block)
 
-    # --------------------------------------------------------------------------------------------------- rules
+    # ------------------------------------------------------------------------------------------------- actions
 
-    @rule()
-    @precondition(lambda self: len(self.model) < 6)
-    def create(self) -> None:
+    def create(self) -> int:
         seq = self.manager.create()
         assert seq not in self.model
         assert self.manager.length(seq) == 0
         self.model[seq] = ModelSequence(len(self.groups))
+        return seq
 
-    @rule(data=st.data())
-    @precondition(lambda self: self.settled())
-    def reserve(self, data: st.DataObject) -> None:
-        seq = self.pick(data, self.settled())
-        tokens = self.draw_tokens(data)
+    def reserve(self, seq: int, tokens: list[int]) -> bool:
         need = self.manager.demand(seq, len(tokens))
         fits, before = self.manager.fits(need), self.snapshot()
         used = {key: pool.used_blocks for key, pool in self.manager._books.pools.items()}
@@ -190,33 +148,28 @@ class MemoryMachine(RuleBasedStateMachine):
         except CacheFullError:
             assert not fits
             assert self.snapshot() == before
-            return
+            return False
         assert fits
         taken = {key: pool.used_blocks - used[key] for key, pool in self.manager._books.pools.items()}
         assert {key: n for key, n in taken.items() if n} == dict(need)
         self.play(reservation, tokens)
+        return True
 
-    @rule(data=st.data())
-    @precondition(lambda self: len(self.settled()) > 1)
-    def reserve_many(self, data: st.DataObject) -> None:
-        chosen = data.draw(st.lists(st.sampled_from(self.settled()), unique=True, min_size=2, max_size=4))
-        tokens = [self.draw_tokens(data, high=8) for _ in chosen]
-        fits = self.manager.fits(*(self.manager.demand(s, len(t)) for s, t in zip(chosen, tokens, strict=True)))
+    def reserve_many(self, wants: list[tuple[int, list[int]]]) -> bool:
+        fits = self.manager.fits(*(self.manager.demand(seq, len(tokens)) for seq, tokens in wants))
         before = self.snapshot()
         try:
-            done = self.manager.reserve_many([(s, len(t)) for s, t in zip(chosen, tokens, strict=True)])
+            done = self.manager.reserve_many([(seq, len(tokens)) for seq, tokens in wants])
         except CacheFullError:
             assert not fits
             assert self.snapshot() == before
-            return
+            return False
         assert fits
-        for reservation, new in zip(done, tokens, strict=True):
-            self.play(reservation, new)
+        for reservation, (_, tokens) in zip(done, wants, strict=True):
+            self.play(reservation, tokens)
+        return True
 
-    @rule(data=st.data(), known=st.sampled_from([True, True, True, False]), finish=st.booleans())
-    @precondition(lambda self: self.open)
-    def commit(self, data: st.DataObject, known: bool, finish: bool) -> None:
-        seq = self.pick(data, list(self.open))
+    def commit(self, seq: int, *, known: bool = True, finish: bool = True) -> None:
         reservation, tokens = self.open.pop(seq)
         self.unfinished += self.manager.commit(reservation, tokens if known else None, b"")
         model = self.model[seq]
@@ -225,7 +178,6 @@ class MemoryMachine(RuleBasedStateMachine):
         if finish:
             self.finish()
 
-    @rule()
     def finish(self) -> None:
         for seal in self.unfinished:
             if seal.encode:
@@ -234,16 +186,10 @@ class MemoryMachine(RuleBasedStateMachine):
         self.manager.finish_unseals(self.unfinished_unseals)
         self.unfinished, self.unfinished_unseals = [], []
 
-    @rule(data=st.data())
-    @precondition(lambda self: self.open)
-    def rollback(self, data: st.DataObject) -> None:
-        seq = self.pick(data, list(self.open))
+    def rollback(self, seq: int) -> None:
         self.manager.rollback(self.open.pop(seq)[0])
 
-    @rule(data=st.data())
-    @precondition(lambda self: self.settled() and len(self.model) < 6)
-    def fork(self, data: st.DataObject) -> None:
-        seq = self.pick(data, self.settled())
+    def fork(self, seq: int) -> None:
         before = self.snapshot()
         try:
             child = self.manager.fork(seq)
@@ -253,20 +199,16 @@ class MemoryMachine(RuleBasedStateMachine):
             return
         self.model[child] = self.model[seq].copy()
 
-    @rule(data=st.data())
-    @precondition(lambda self: self.settled())
-    def truncate(self, data: st.DataObject) -> None:
+    def truncate(self, seq: int, length: int) -> None:
         self.finish()  # the caller encodes before anything else happens
-        seq = self.pick(data, self.settled())
         model, size = self.model[seq], self.size
-        length = data.draw(st.integers(0, len(model.tokens)))
         before = self.snapshot()
         possible = True
         for group in range(len(self.groups)):
-            have = set().union(*self.expected_blocks(model, group))
             shorter = ModelSequence(len(self.groups))
             shorter.tokens = model.tokens[:length]
-            possible &= set().union(*self.expected_blocks(shorter, group)) <= have
+            needed = set().union(*self.expected_blocks(shorter, group))
+            possible &= needed <= set().union(*self.expected_blocks(model, group))
         try:
             unseals = self.manager.truncate(seq, length)
         except UnsupportedError:
@@ -280,43 +222,35 @@ class MemoryMachine(RuleBasedStateMachine):
         assert possible
         del model.tokens[length:]
         for group, packed in enumerate(model.packed):
-            cut = {b for b in packed if b * size < length < (b + 1) * size}
             live = set().union(*self.expected_blocks(model, group))
-            assert sorted(b for b in cut if b in live) == [length // size] * sum(u.group == group for u in unseals)
+            cut = [b for b in packed & live if b * size < length < (b + 1) * size]
+            assert len(cut) == sum(unseal.group == group for unseal in unseals)
             model.packed[group] = {b for b in packed if (b + 1) * size <= length}
         for unseal in unseals:
-            self.memory[unseal.group, "raw", unseal.raw_id] = list(
-                self.content(unseal.group, "packed", unseal.packed_id)
-            )
+            source = self.content(unseal.group, "packed", unseal.packed_id)
+            self.memory[unseal.group, "raw", unseal.raw_id] = list(source)
         self.unfinished_unseals += unseals
 
-    @rule(data=st.data())
-    @precondition(lambda self: self.model)
-    def free(self, data: st.DataObject) -> None:
-        seq = self.pick(data, list(self.model))
+    def free(self, seq: int) -> None:
         self.manager.free(seq)
         del self.model[seq]
         self.open.pop(seq, None)
 
-    @rule(data=st.data())
-    @precondition(lambda self: len(self.model) < 6)
-    def adopt(self, data: st.DataObject) -> None:
+    def adopt(self, tokens: list[int], new: int) -> int:
+        """A sequence that begins with what is found of ``tokens``, and a step of ``new`` tokens if that fits."""
         manager = self.manager
-        prefix = self.model[self.pick(data, list(self.model))].tokens if self.model else []
-        tokens = prefix + self.draw_tokens(data, low=0 if prefix else 1, high=6)
-        if not tokens:
-            return
         hit = manager.match(tokens, b"")
-        assert hit % self.size == 0 and 0 <= hit < len(tokens)
-        new = data.draw(st.integers(1, len(tokens) - hit))
+        assert hit % self.size == 0
+        assert 0 <= hit < len(tokens)
+        new = min(new, len(tokens) - hit)
         promised = manager.fits(manager.demand_for(hit, new, tokens=tokens))
-        seq = manager.create()
-        model = self.model[seq] = ModelSequence(len(self.groups))
+        seq = self.create()
+        model = self.model[seq]
         try:
             manager.adopt(seq, tokens, hit)
         except CacheFullError:
             assert not promised
-            return
+            return 0
         model.tokens = tokens[:hit]
         for spec, packed in zip(self.groups, model.packed, strict=True):
             if spec.seals:
@@ -324,16 +258,13 @@ class MemoryMachine(RuleBasedStateMachine):
         assert manager.fits(manager.demand(seq, new)) == promised
         if promised:
             self.play(manager.reserve(seq, new), tokens[hit : hit + new])
+        return hit
 
-    @rule()
     def reset_prefix_cache(self) -> None:
         self.manager.reset_prefix_cache()
         assert self.manager.bytes_cached() == 0
 
-    @rule(data=st.data())
-    @precondition(lambda self: self.open)
-    def refuse_while_open(self, data: st.DataObject) -> None:
-        seq = self.pick(data, list(self.open))
+    def refuse_while_open(self, seq: int) -> None:
         calls: list[Callable[[], object]] = [
             lambda: self.manager.reserve(seq, 1),
             lambda: self.manager.fork(seq),
@@ -341,34 +272,35 @@ class MemoryMachine(RuleBasedStateMachine):
             lambda: self.manager.commit(self.open[seq][0]._replace(), None),
         ]
         for call in calls:
-            try:
+            with pytest.raises(RequestError):
                 call()
-            except RequestError:
-                continue
-            raise AssertionError("an open reservation was overlooked")
 
     # ---------------------------------------------------------------------------------------------- invariants
 
-    @invariant()
-    def books_balance(self) -> None:
+    def check(self) -> None:
+        self.manager.check()
+        self.check_bytes()
+        self.check_tables()
+
+    def check_bytes(self) -> None:
         manager = self.manager
-        manager.check()
         assert set(manager.sequences()) == set(self.model)
         assert self.growable or manager.bytes_in_use() <= self.budget
         assert self.growable or manager.arena.total_bytes <= self.budget
-        if not self.open and not self.unfinished and not self.unfinished_unseals:
-            blocks, entries = set(), 0
-            for seq in self.model:
-                for group in range(len(self.groups)):
-                    view = manager.table(seq, group)
-                    blocks |= {(group, "raw", b) for b in view.raw_ids.tolist()}
-                    blocks |= {(group, "packed", b) for b in view.packed_ids.tolist()}
-                    entries += view.raw_ids.size + view.packed_ids.size
-            held = sum(manager.pool(g, state).block_bytes for g, state, _ in blocks)
-            assert manager.bytes_in_use() == held + 8 * entries
+        if self.open or self.unfinished or self.unfinished_unseals:
+            return
+        blocks, entries = set(), 0
+        for seq in self.model:
+            for group in range(len(self.groups)):
+                view = manager.table(seq, group)
+                blocks |= {(group, "raw", b) for b in view.raw_ids.tolist()}
+                blocks |= {(group, "packed", b) for b in view.packed_ids.tolist()}
+                entries += view.raw_ids.size + view.packed_ids.size
+        held = sum(manager.pool(g, state).block_bytes for g, state, _ in blocks)
+        assert manager.bytes_in_use() == held + 8 * entries
 
-    @invariant()
-    def tables_follow_the_rules_and_hold_the_tokens(self) -> None:
+    def check_tables(self) -> None:
+        """Tables follow the rules, and hold the tokens."""
         waiting = {(seal.group, seal.packed_id) for seal in self.unfinished}
         for seq, model in self.model.items():
             assert self.manager.length(seq) == len(model.tokens)
@@ -400,9 +332,8 @@ class MemoryMachine(RuleBasedStateMachine):
                 if position < len(known):
                     assert held[slot] == (position, known[position]), (group, state, block, slot)
 
-    def teardown(self) -> None:
-        if not hasattr(self, "model"):
-            return
+    def end(self) -> None:
+        """When everything has ended, nothing is left."""
         manager = self.manager
         for seq in list(self.model):
             manager.free(seq)
@@ -417,11 +348,208 @@ class MemoryMachine(RuleBasedStateMachine):
         assert manager.arena.free_extents == manager.arena.n_extents
 
 
+MOST = 6  # sequences at a time
+GROUPS = st.builds(
+    lambda kind, window, raw, packed, sinks, recent: GroupSpec(
+        name=kind,
+        raw_block_bytes=64 * raw,
+        packed_block_bytes=64 * packed,
+        sinks=sinks,
+        recent=recent,
+        kind=kind,
+        window=None if kind == "full" else window,
+    ),
+    kind=st.sampled_from(["full", "full", "sliding", "chunked"]),
+    window=st.integers(1, 14),
+    raw=st.integers(1, 6),
+    packed=st.integers(0, 4),
+    sinks=st.integers(0, 5),
+    recent=st.integers(0, 9),
+)
+COUNTS = st.integers(1, 14)
+TOKEN = st.integers(0, 1)
+WHICH = st.integers(0, MOST - 1)
+
+
+class MemoryMachine(RuleBasedStateMachine):
+    """Few kinds of tokens, so that sequences often begin alike. ``which``: one of the sequences there are."""
+
+    @initialize(
+        groups=st.lists(GROUPS, min_size=1, max_size=3),
+        size=st.integers(1, 4),
+        blocks=st.integers(6, 60),
+        growable=st.sampled_from([False, False, False, True]),
+        caching=st.sampled_from([True, True, True, False]),
+    )
+    def start(self, groups: list[GroupSpec], size: int, blocks: int, growable: bool, caching: bool) -> None:
+        self.world = World(groups, size, blocks, growable=growable, caching=caching)
+
+    def one_of(self, sequences: list[int], which: int) -> int:
+        return sequences[which % len(sequences)]
+
+    def some(self, which: int) -> int | None:
+        """A sequence without a reservation; a new one if there is none."""
+        settled = self.world.settled()
+        if not settled and len(self.world.model) < MOST:
+            return self.world.create()
+        return self.one_of(settled, which) if settled else None
+
+    @rule()
+    @precondition(lambda self: len(self.world.model) < MOST)
+    def create(self) -> None:
+        self.world.create()
+
+    @rule(which=WHICH, count=COUNTS, token=TOKEN)
+    def step(self, which: int, count: int, token: int) -> None:
+        seq = self.some(which)
+        if seq is not None and self.world.reserve(seq, [token] * count):
+            self.world.commit(seq)
+
+    @rule(which=WHICH, count=st.integers(1, 30), token=TOKEN)
+    def decode(self, which: int, count: int, token: int) -> None:
+        seq = self.some(which)
+        for _ in range(count if seq is not None else 0):
+            if not self.world.reserve(seq, [token]):
+                return
+            self.world.commit(seq)
+
+    @rule(which=WHICH, count=COUNTS, token=TOKEN)
+    def reserve(self, which: int, count: int, token: int) -> None:
+        seq = self.some(which)
+        if seq is not None:
+            self.world.reserve(seq, [token] * count)
+
+    @rule(counts=st.lists(COUNTS, min_size=2, max_size=MOST), token=TOKEN, commit=st.booleans())
+    def reserve_many(self, counts: list[int], token: int, commit: bool) -> None:
+        wants = [(seq, [token] * count) for seq, count in zip(self.world.settled(), counts, strict=False)]
+        if wants and self.world.reserve_many(wants) and commit:
+            for seq, _ in wants:
+                self.world.commit(seq, finish=False)
+            self.world.finish()
+
+    @rule(which=WHICH, known=st.sampled_from([True, True, True, False]), finish=st.booleans())
+    @precondition(lambda self: self.world.open)
+    def commit(self, which: int, known: bool, finish: bool) -> None:
+        self.world.commit(self.one_of(list(self.world.open), which), known=known, finish=finish)
+
+    @rule()
+    def finish(self) -> None:
+        self.world.finish()
+
+    @rule(which=WHICH)
+    @precondition(lambda self: self.world.open)
+    def rollback(self, which: int) -> None:
+        self.world.rollback(self.one_of(list(self.world.open), which))
+
+    @rule(which=WHICH)
+    @precondition(lambda self: len(self.world.model) < MOST)
+    def fork(self, which: int) -> None:
+        seq = self.some(which)
+        if seq is not None and len(self.world.model) < MOST:
+            self.world.fork(seq)
+
+    @rule(which=WHICH, back=st.integers(0, 20))
+    def truncate(self, which: int, back: int) -> None:
+        seq = self.some(which)
+        if seq is not None:
+            self.world.truncate(seq, max(0, len(self.world.model[seq].tokens) - back))
+
+    @rule(which=WHICH)
+    @precondition(lambda self: self.world.model)
+    def free(self, which: int) -> None:
+        self.world.free(self.one_of(list(self.world.model), which))
+
+    @rule(which=WHICH, count=COUNTS, token=TOKEN, new=COUNTS)
+    @precondition(lambda self: 0 < len(self.world.model) < MOST)
+    def adopt(self, which: int, count: int, token: int, new: int) -> None:
+        like = self.world.model[self.one_of(list(self.world.model), which)]
+        self.world.adopt(like.tokens + [token] * count, new)
+
+    @rule()
+    def reset_prefix_cache(self) -> None:
+        self.world.reset_prefix_cache()
+
+    @rule(which=WHICH)
+    @precondition(lambda self: self.world.open)
+    def refuse_while_open(self, which: int) -> None:
+        self.world.refuse_while_open(self.one_of(list(self.world.open), which))
+
+    @invariant()
+    def check(self) -> None:
+        self.world.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "world"):
+            self.world.end()
+
+
 TestMemoryMachine = MemoryMachine.TestCase
 TestMemoryMachine.settings = settings(
-    max_examples=60,
-    stateful_step_count=50,
+    max_examples=100,
+    stateful_step_count=30,
     deadline=None,
     derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),
 )
+
+
+def random_group(draw: random.Random) -> GroupSpec:
+    kind = draw.choice(["full", "full", "sliding", "chunked"])
+    return GroupSpec(
+        name=kind,
+        raw_block_bytes=64 * draw.randint(1, 6),
+        packed_block_bytes=64 * draw.randint(0, 4),
+        sinks=draw.randint(0, 5),
+        recent=draw.randint(0, 9),
+        kind=kind,
+        window=None if kind == "full" else draw.randint(1, 20),
+    )
+
+
+def walk(seed: int, steps: int) -> World:
+    """A long life under pressure: prompts that begin alike, forks, rollbacks, requests that end."""
+    draw = random.Random(seed)
+    groups = [random_group(draw) for _ in range(draw.randint(1, 3))]
+    growable = draw.random() < 0.2
+    world = World(groups, draw.randint(1, 4), draw.randint(20, 400), growable=growable, caching=draw.random() < 0.9)
+    prompts = [[draw.randint(0, 2) for _ in range(draw.randint(5, 60))] for _ in range(4)]
+    for _ in range(steps):
+        settled, action = world.settled(), draw.random()
+        new = [draw.randint(0, 2) for _ in range(draw.choice([1, 1, 1, 1, 2, 5, 20]))]
+        if (action < 0.15 or not world.model) and len(world.model) < 10:
+            base = draw.choice(prompts + [model.tokens for model in world.model.values()])
+            world.adopt(base[: draw.randint(0, len(base))] + new, draw.randint(1, 30))
+        elif action < 0.18 and settled and len(world.model) < 10:
+            world.fork(draw.choice(settled))
+        elif action < 0.24 and settled:
+            seq = draw.choice(settled)
+            length = len(world.model[seq].tokens)
+            world.truncate(seq, max(0, length - draw.choice([0, 1, 2, 3, 8, length])))
+        elif action < 0.36 and world.open:
+            world.commit(draw.choice(list(world.open)), known=draw.random() < 0.97, finish=draw.random() < 0.7)
+        elif action < 0.40 and world.open:
+            world.rollback(draw.choice(list(world.open)))
+        elif action < 0.42:
+            world.finish()
+        elif action < 0.421:
+            world.reset_prefix_cache()
+        elif action < 0.5 and settled:
+            world.reserve(draw.choice(settled), new)
+        elif action < 0.56 and world.model:
+            world.free(draw.choice(list(world.model)))
+        elif settled:
+            chosen = draw.sample(settled, draw.randint(1, len(settled)))
+            if not world.reserve_many([(seq, list(new)) for seq in chosen]):
+                world.free(draw.choice(list(world.model)))
+                continue
+            for seq in chosen:
+                world.commit(seq, finish=False)
+            world.finish()
+        world.check()
+    return world
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_a_long_life(seed: int) -> None:
+    walk(seed, 150).end()

@@ -20,8 +20,8 @@ def attend_decode(
     """Attention of ``q [n, Hq, D]`` (latent: ``[n, Hq, rank + rope]``) over the pages of ``pieces``.
 
     The query heads that share a KV head are packed into rows, so that keys are read once for the whole group and never
-    repeated. Only one piece of one layer is unpacked at a time. Returns ``o [n, Hq, Dv]`` and ``lse [n, Hq]``, sinks not
-    counted.
+    repeated. Only one piece of one layer is unpacked at a time. Returns ``o [n, Hq, Dv]`` and ``lse [n, Hq]``, sinks
+    not counted.
     """
     n, q_heads = q.shape[0], q.shape[1]
     results: list[Piece] = []

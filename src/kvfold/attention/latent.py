@@ -1,7 +1,8 @@
 """Multi-head latent attention in absorbed form (DeepSeek-V2, arXiv 2405.04434, section 2.1).
 
-The cache holds one latent ``c [rank]`` and one rotary key ``r [rope]`` for each token. A head's key is ``W_uk c ⊕ r`` and its value
-``W_uv c``, so ``q_nope · W_uk c = (W_uk^T q_nope) · c``: the query goes to the latent space once, and no key is ever expanded.
+The cache holds one latent ``c [rank]`` and one rotary key ``r [rope]`` for each token. A head's key is ``W_uk c ⊕ r``
+and its value ``W_uv c``, so ``q_nope · W_uk c = (W_uk^T q_nope) · c``: the query goes to the latent space once, and no
+key is ever expanded.
 """
 
 from __future__ import annotations
@@ -39,9 +40,13 @@ class LatentProjection:
         weight = getattr(projection, "weight", None)
         name = type(module).__name__
         if weight is None or weight.dim() != 2 or weight.shape[1] != rank or weight.shape[0] % q_heads:
-            raise UnsupportedError(f"latent attention of {name}", why="it has no kv_b_proj weight of [heads * dims, rank]")
+            raise UnsupportedError(
+                f"latent attention of {name}", why="it has no kv_b_proj weight of [heads * dims, rank]"
+            )
         if getattr(projection, "bias", None) is not None:
-            raise UnsupportedError(f"latent attention of {name}", why="its kv_b_proj has a bias, which cannot be absorbed")
+            raise UnsupportedError(
+                f"latent attention of {name}", why="its kv_b_proj has a bias, which cannot be absorbed"
+            )
         per_head = weight.view(q_heads, -1, rank)
         return cls(w_uk=per_head[:, :nope], w_uv=per_head[:, nope:], rope=rope)
 

@@ -21,8 +21,8 @@ AttendedKind = Literal["full", "sliding", "chunked", "latent"]
 class LayerCall:
     """What a layer asks for beside its tensors.
 
-    ``window``: tokens of a sliding window, or of a chunk when ``kind`` is ``"chunked"``. ``sinks [Hq]``: learned sink logits.
-    ``latent``: the projections of a latent (MLA) layer, whose pages are attended in absorbed form.
+    ``window``: tokens of a sliding window, or of a chunk when ``kind`` is ``"chunked"``. ``sinks [Hq]``: learned sink
+    logits. ``latent``: the projections of a latent (MLA) layer, whose pages are attended in absorbed form.
     """
 
     scale: float
@@ -52,10 +52,11 @@ def visible(q_pos: Tensor, k_pos: Tensor, call: LayerCall) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class PagePiece:
-    """Pages of one state for ``n`` sequences: ``addr [n, Hkv, P]`` holds their byte addresses in the group's first layer.
+    """Pages of one state for ``n`` sequences: ``addr [n, Hkv, P]`` holds their byte addresses in the group's first
+    layer.
 
-    ``layer_bytes`` leads from a layer's page to the same page of the next layer. ``bias [n, 1, 1, P * S]`` (additive, model
-    dtype) hides what a sequence's query may not see; None when all of it is visible.
+    ``layer_bytes`` leads from a layer's page to the same page of the next layer. ``bias [n, 1, 1, P * S]`` (additive,
+    model dtype) hides what a sequence's query may not see; None when all of it is visible.
     """
 
     store: PageStore
@@ -66,7 +67,8 @@ class PagePiece:
     def read(self, layer_in_group: int, latent: LatentProjection | None) -> tuple[Tensor, Tensor]:
         """Keys and values ``[n, Hkv, P * S, D]`` in the pages' rotated basis.
 
-        Latent pages come as one wide key (latent ⊕ rotary part); the same tensor serves as value, its prefix being the latent.
+        Latent pages come as one wide key (latent ⊕ rotary part); the same tensor serves as value, its prefix being the
+        latent.
         """
         addr = self.addr + layer_in_group * self.layer_bytes
         k, v = self.store.read_k(addr), self.store.read_v(addr)
@@ -83,7 +85,9 @@ class PagePiece:
         return self.store.k_rotation.apply(q)
 
     def unrotate_output(self, o: Tensor, latent: LatentProjection | None) -> Tensor:
-        """Output ``[..., Dv]`` taken back from the basis of the stored values (for latents, expanded to value heads)."""
+        """Output ``[..., Dv]`` taken back from the basis of the stored values (for latents, expanded to value
+        heads).
+        """
         if latent is not None:
             return latent.output(self.store.k_rotation.undo(o[..., : latent.rank]))
         return self.store.v_rotation.undo(o)

@@ -46,8 +46,8 @@ def attend_prefill(
 ) -> Piece:
     """Attention of ``q [T, Hq, D]`` at positions ``start ...`` over fresh ``k, v [T, H, D]`` and the pages of ``past``.
 
-    Fresh keys are seen causally and as the layer made them (unquantized); ``H`` divides ``Hq``. Returns ``o [T, Hq, Dv]`` and
-    ``lse [T, Hq]``, sinks not counted.
+    Fresh keys are seen causally and as the layer made them (unquantized); ``H`` divides ``Hq``. Returns
+    ``o [T, Hq, Dv]`` and ``lse [T, Hq]``, sinks not counted.
     """
     fresh = [_fresh_piece(q, k, v, start, tile, call, registry) for tile in _tiles(q.shape[0], start, call)]
     o = torch.cat([piece[0] for piece in fresh]) if len(fresh) > 1 else fresh[0][0]
@@ -61,7 +61,9 @@ def attend_prefill(
 
 @dataclass(frozen=True, slots=True)
 class _Tile:
-    """Queries ``[first, end)`` against fresh keys ``[first_key, end)``; ``masked``: some of those keys are hidden by a window."""
+    """Queries ``[first, end)`` against fresh keys ``[first_key, end)``; ``masked``: some of those keys are hidden by a
+    window.
+    """
 
     first: int
     end: int

@@ -1,7 +1,7 @@
 """Device-side page tables of one step, built from the block lists of its sequences.
 
-Block lists come as byte offsets and first positions (numpy); what goes to the device are page addresses ``[n, Hkv, P]`` and
-additive masks. Sequences of similar length share a bucket, so that a short one never pays for a long one.
+Block lists come as byte offsets and first positions (numpy); what goes to the device are page addresses ``[n, Hkv, P]``
+and additive masks. Sequences of similar length share a bucket, so that a short one never pays for a long one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ _FAR = np.iinfo(np.int64).max // 2  # the position of padding: no query ever rea
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Live blocks of one sequence in one state, in position order: byte offsets ``[n]`` and first positions ``[n]``, int64."""
+    """Live blocks of one sequence in one state, in position order: byte offsets ``[n]`` and first positions ``[n]``,
+    int64.
+    """
 
     offset: np.ndarray
     start: np.ndarray
@@ -46,8 +48,9 @@ class SequencePages:
 
 @dataclass(frozen=True, slots=True)
 class GroupPages:
-    """How a layer group lies in its blocks: stores of both states (``packed`` None if nothing is ever packed), its KV heads, and
-    what its queries may see (as in :class:`~kvfold.attention.pieces.LayerCall`)."""
+    """How a layer group lies in its blocks: stores of both states (``packed`` None if nothing is ever packed), its KV
+    heads, and what its queries may see (as in :class:`~kvfold.attention.pieces.LayerCall`).
+    """
 
     raw: PageStore
     packed: PageStore | None
@@ -67,7 +70,9 @@ class GroupPages:
 
 @dataclass(frozen=True, slots=True)
 class DecodeBucket:
-    """Sequences of similar length that decode together: ``rows [n]`` of the step's tokens (None: all of them, in order)."""
+    """Sequences of similar length that decode together: ``rows [n]`` of the step's tokens (None: all of them, in
+    order).
+    """
 
     rows: Tensor | None
     pieces: tuple[PagePiece, ...]
@@ -75,7 +80,9 @@ class DecodeBucket:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Pages of one state for the sequences of a bucket: addresses, first-token positions ``[n, P * S]``, whether any is padding."""
+    """Pages of one state for the sequences of a bucket: addresses, first-token positions ``[n, P * S]``, whether any is
+    padding.
+    """
 
     store: PageStore
     addr: Tensor
@@ -122,7 +129,9 @@ class DecodeTables:
         )
 
     def at(self, positions: np.ndarray, total_rows: int) -> tuple[DecodeBucket, ...]:
-        """The buckets with masks for queries at ``positions [n]`` (each sequence's current token), among ``total_rows`` tokens."""
+        """The buckets with masks for queries at ``positions [n]`` (each sequence's current token), among ``total_rows``
+        tokens.
+        """
         group = self._group
         ready = []
         for index, rows, parts in self._buckets:

@@ -1,7 +1,7 @@
 """Whole decode steps at any context: caches are filled synthetically, so that 32k tokens need no prefill.
 
-Every contestant holds the same random keys and values and decodes the same tokens, its steps interleaved with the others', so
-that a noisy machine is noisy for all. Before anything is timed, ``raw`` must agree with transformers.
+Every contestant holds the same random keys and values and decodes the same tokens, its steps interleaved with the
+others', so that a noisy machine is noisy for all. Before anything is timed, ``raw`` must agree with transformers.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class DecodeRow:
-    """One contestant. ``seconds``: median of a whole step; ``limit_seconds``: weights and cache bytes over ``stream_gb_s``.
+    """One contestant. ``seconds``: median of a whole step; ``limit_seconds``: weights and cache bytes over
+    ``stream_gb_s``.
 
-    ``vs``: how many times faster than the first rival (1.0 for the rival itself; None without one). ``kl``: against ``raw`` on the
-    first step.
+    ``vs``: how many times faster than the first rival (1.0 for the rival itself; None without one). ``kl``: against
+    ``raw`` on the first step.
     """
 
     contestant: str
@@ -125,23 +126,29 @@ def bench_decode(
     seed: int = 0,
     say: Say = lambda _: None,
 ) -> list[DecodeRow]:
-    """Times ``steps`` decode steps of ``batch`` sequences of ``context`` tokens under each recipe, and the rivals' in the same run.
+    """Times ``steps`` decode steps of ``batch`` sequences of ``context`` tokens under each recipe, and the rivals' in
+    the same run.
 
-    Raises RequestError for an unknown rival or a context the model cannot take, KVFoldError if the correctness gate fails.
+    Raises RequestError for an unknown rival or a context the model cannot take, KVFoldError if the correctness gate
+    fails.
     """
     unknown = [rival for rival in rivals if rival not in RIVALS]
     if unknown:
         raise RequestError(f"unknown rival {unknown[0]!r}", hint="known: " + ", ".join(RIVALS))
     limit = Geometry.from_config(model.config).max_positions
     if context + steps + 1 > limit:
-        raise RequestError(f"context {context}", why=f"the model takes {limit} positions", hint="choose a shorter context")
+        raise RequestError(
+            f"context {context}", why=f"the model takes {limit} positions", hint="choose a shorter context"
+        )
     names = list(dict.fromkeys(["raw", *recipes]))
     say(f"filling {len(names) + len(rivals)} caches with {batch} x {context} tokens")
     paged = {name: _Paged(model, name, batch, context, steps) for name in names}
     stock = {rival: _Transformers(model, batch) for rival in rivals}
     _fill(model, paged, stock, context, batch, seed)
     contestants: dict[str, _Paged | _Transformers] = {**stock, **paged}
-    tokens = torch.randint(0, model.config.vocab_size, (steps + 1, batch), generator=torch.Generator().manual_seed(seed))
+    tokens = torch.randint(
+        0, model.config.vocab_size, (steps + 1, batch), generator=torch.Generator().manual_seed(seed)
+    )
     logits = {name: contestant.step(tokens[0], context).float() for name, contestant in contestants.items()}
     for rival in stock:
         _gate(logits[rival], logits["raw"], rival)
@@ -227,5 +234,6 @@ def _gate(wanted: Tensor, found: Tensor, rival: str) -> None:
     error = float((wanted - found).abs().max() / wanted.std())
     if not error <= _GATE:
         raise KVFoldError(
-            "the benchmark's correctness gate", why=f"raw differs from {rival} by {error:.2g} standard deviations of the logits"
+            "the benchmark's correctness gate",
+            why=f"raw differs from {rival} by {error:.2g} standard deviations of the logits",
         )

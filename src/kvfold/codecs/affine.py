@@ -49,7 +49,8 @@ def encode(x: Tensor, fmt: VectorFormat) -> tuple[Tensor, Tensor]:
     # zero <= x, and (x - zero) / scale <= levels + 1/2: adding 1/2 and truncating rounds, and needs no clamp.
     steps = (grouped - zero).mul_(scale.reciprocal()).add_(0.5).to(torch.uint8)
     meta = torch.empty((*x.shape[:-1], fmt.groups, 2), dtype=torch.bfloat16, device=x.device)
-    # Adding zero times the range changes nothing in a finite group, and makes any other one NaN: seen, not hidden.
+    # Zero times the range is zero in a finite group and NaN in any other: seen, not hidden, even where the integer
+    # arithmetic of the rounding has carried a NaN over into a number (which NaN a device makes is its own affair).
     meta[..., :1] = torch.add(scale, high - low, alpha=0)
     meta[..., 1:] = zero
     return _pack(steps.flatten(-2), fmt.bits), meta

@@ -19,7 +19,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def _work_rows(device: torch.device) -> int:
     """Rows to encode at a time: on a CPU as many as stay in its cache between passes, elsewhere a bound on memory."""
-    return 4096 if device.type == "cpu" else 1 << 20
+    return 8192 if device.type == "cpu" else 1 << 20
 
 
 def _parts(count: int, size: int) -> list[slice]:

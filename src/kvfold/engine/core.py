@@ -57,7 +57,6 @@ class EngineCore:
             prefill_tokens=prefilled,
             decode_tokens=decoded,
             prefix_hit_tokens=sum(admission.cached for admission in plan.admit),
-            finished_requests=len(ended),
             seconds=watch.seconds,
         )
         return ended
@@ -218,6 +217,7 @@ class EngineCore:
             self._watched.append(branch)
         if request.finished:
             del self.requests[request.id]
+            self.stats += StepStats(finished_requests=1)
             self._ended.append(make_output(request, self._tokenizer))
 
     def _deliver(self) -> list[RequestOutput]:

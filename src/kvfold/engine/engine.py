@@ -71,7 +71,12 @@ class Engine:
             model, recipe=self.recipe, kv_memory=budget, prefix_caching=prefix_caching, check=check
         )
         books = self._runner.manager
-        scheduler = Scheduler(books, max_batched_tokens=max_batched_tokens, max_sequences=max_sequences)
+        scheduler = Scheduler(
+            books,
+            max_batched_tokens=max_batched_tokens,
+            max_sequences=max_sequences,
+            prefix_caching=prefix_caching,
+        )
         self._core = EngineCore(self._runner, scheduler, tokenizer)
         self._intake = Intake(
             tokenizer=tokenizer,
@@ -105,16 +110,23 @@ class Engine:
         """
         if self._closed:
             raise RequestError("the engine is closed")
-        while request_id is None or (request_id.isdecimal() and request_id in self._core.requests):
-            request_id = str(self._numbered)
-            self._numbered += 1
-        if request_id in self._core.requests:
+        if request_id is None:
+            request_id = self._new_id()
+        elif request_id in self._core.requests:
             raise RequestError(f"request id {request_id!r}", why="a request of this id is under way")
         request = self._intake.make(
             prompt, params or SamplingParams(), request_id=request_id, salt=salt, on_chunk=on_chunk
         )
         self._core.add(request)
         return request_id
+
+    def _new_id(self) -> str:
+        """A number that no request under way has for its id."""
+        while True:
+            request_id = str(self._numbered)
+            self._numbered += 1
+            if request_id not in self._core.requests:
+                return request_id
 
     def step(self) -> list[RequestOutput]:
         """One forward of the model for everyone who has a turn; the requests that have ended."""

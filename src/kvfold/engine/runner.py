@@ -21,7 +21,9 @@ __all__ = ["ModelRunner", "SeqWork"]
 
 @dataclass(frozen=True, slots=True)
 class SeqWork:
-    """New ``tokens`` of sequence ``seq``, the first at position ``start``; ``sample``: the last one's logits are wanted."""
+    """New ``tokens`` of sequence ``seq``, the first at position ``start``; ``sample``: the last one's logits are
+    wanted.
+    """
 
     seq: int
     tokens: Sequence[int]
@@ -31,7 +33,9 @@ class SeqWork:
 
 
 class ModelRunner:
-    """A model on its paged cache. ``kv_memory``: bytes, a hard budget. Checks the model against its stock path first."""
+    """A model on its paged cache. ``kv_memory``: bytes, a hard budget. Checks the model against its stock path
+    first.
+    """
 
     def __init__(
         self,

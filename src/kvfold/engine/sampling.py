@@ -28,6 +28,9 @@ __all__ = ["RowSampler", "Sampled", "TokenLogprob", "sample"]
 _NUCLEUS_START = 256
 """Candidates sorted first for top-p; a row whose nucleus is larger is sorted again, eight times as wide."""
 
+_BLOCK = 64
+"""Neighbours in the vocabulary whose probabilities are summed up first when a token is drawn."""
+
 
 class TokenLogprob(NamedTuple):
     """Token id, its log-probability, and its rank in the vocabulary (1: the likeliest)."""
@@ -114,6 +117,11 @@ class RowSampler:
         """(top_k, top_p, min_p); rows with equal filters are worked on together."""
         return max(self.params.top_k, 0), self.params.top_p, self.params.min_p
 
+    @property
+    def alters(self) -> bool:
+        """Whether `penalise` would change the logits."""
+        return bool(self._barred) or self._counts is not None
+
     def uniform(self) -> float:
         """The row's next draw from [0, 1)."""
         return self._random.random() if self._random is not None else 0.0
@@ -156,7 +164,8 @@ def sample(logits: torch.Tensor, rows: Sequence[RowSampler]) -> Sampled:
     bad = [i for i, value in enumerate(best.tolist()) if not math.isfinite(value)]
     worked = [i for i, row in enumerate(rows) if not row.plain and i not in bad]
     if worked:
-        chosen = _work(_rows_of(logits, worked, len(rows)), [rows[i] for i in worked])
+        scores = logits if len(worked) == len(rows) else logits[worked]
+        chosen = _work(scores, [rows[i] for i in worked])
         for i, token in zip(worked, chosen, strict=True):
             tokens[i] = token
     asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None and i not in bad]
@@ -164,84 +173,123 @@ def sample(logits: torch.Tensor, rows: Sequence[RowSampler]) -> Sampled:
     return Sampled(tokens, bad, dict(zip(asked, reports, strict=True)))
 
 
-def _rows_of(logits: torch.Tensor, which: list[int], total: int) -> torch.Tensor:
-    """A private copy of the rows ``which``."""
-    return logits.clone() if len(which) == total else logits[which]
-
-
-def _work(scores: torch.Tensor, rows: Sequence[RowSampler]) -> list[int]:
-    """Tokens of rows that are not plain. ``scores`` float32 [R, V] is overwritten."""
-    for i, row in enumerate(rows):
-        row.penalise(scores[i])
-    best, choice = scores.max(dim=-1)
-    drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
-    if not drawn:
-        return list(map(int, choice.tolist()))
-    # Greedy rows among them are divided by one and thrown away: cheaper than taking the others apart.
-    heat = torch.tensor([row.params.temperature or 1.0 for row in rows], device=scores.device)
-    scores.sub_(best[:, None]).div_(heat[:, None])
-    uniform = torch.tensor([row.uniform() for row in rows], dtype=torch.float64, device=scores.device)
+def _work(logits: torch.Tensor, rows: Sequence[RowSampler]) -> list[int]:
+    """Tokens of rows that are not plain, from ``logits`` float32 [R, V] (left as they are)."""
+    if any(row.alters for row in rows):
+        logits = logits.clone()
+        for i, row in enumerate(rows):
+            row.penalise(logits[i])
+    best, choice = logits.max(dim=-1)
     groups: dict[tuple[int, float, float], list[int]] = {}
-    for i in drawn:
-        groups.setdefault(rows[i].filters, []).append(i)
+    for i, row in enumerate(rows):
+        if not row.params.greedy:
+            groups.setdefault(row.filters, []).append(i)
     for filters, members in groups.items():
+        heat = torch.tensor([rows[i].params.temperature for i in members], device=logits.device)
+        uniform = torch.tensor([rows[i].uniform() for i in members], dtype=torch.float64, device=logits.device)
         if len(members) == len(rows):
-            return list(map(int, _draw(scores, uniform, *filters).tolist()))
-        choice[members] = _draw(scores[members], uniform[members], *filters)
+            choice = _draw(logits, best, heat, uniform, filters)
+        else:
+            choice[members] = _draw(logits[members], best[members], heat, uniform, filters)
     return list(map(int, choice.tolist()))
 
 
-def _draw(scores: torch.Tensor, uniform: torch.Tensor, top_k: int, top_p: float, min_p: float) -> torch.Tensor:
-    """Tokens int64 [R] drawn from ``scores`` [R, V] (highest is 0) after the three filters."""
-    vocab = scores.shape[-1]
-    if 0 < top_k < vocab:
-        candidates, ids = scores.topk(top_k, dim=-1)
+def _draw(
+    logits: torch.Tensor,
+    best: torch.Tensor,
+    heat: torch.Tensor,
+    uniform: torch.Tensor,
+    filters: tuple[int, float, float],
+) -> torch.Tensor:
+    """Tokens int64 [R] from ``logits`` [R, V], whose highest are ``best`` [R], at temperatures ``heat`` [R].
+
+    ``uniform`` [R]: the numbers that decide. ``filters``: (top_k, top_p, min_p).
+    """
+    top_k, top_p, min_p = filters
+    if top_k <= 0 or top_k >= logits.shape[-1]:
+        probabilities = _soften(logits, best, heat)
         if top_p < 1.0:
-            candidates = _nucleus(candidates, candidates.logsumexp(dim=-1, keepdim=True), top_p)[0]
-    elif top_p < 1.0:
-        return _draw_nucleus(scores, uniform, top_p, min_p, _NUCLEUS_START)
-    else:
-        candidates, ids = scores, None
-    picked = _invert(_above(candidates, min_p), uniform)
-    return picked if ids is None else ids.gather(1, picked[:, None])[:, 0]
+            total = _block_sums(probabilities).cumsum(dim=-1, dtype=torch.float64)[:, -1]
+            return _draw_nucleus(probabilities, total, uniform, top_p, min_p, _NUCLEUS_START)
+        return _invert(_above(probabilities, min_p), uniform)
+    candidates, ids = logits.topk(top_k, dim=-1)
+    probabilities = _soften(candidates, best, heat)
+    if top_p < 1.0:
+        total = probabilities.cumsum(dim=-1, dtype=torch.float64)[:, -1]
+        probabilities, _ = _nucleus(probabilities, total, top_p)
+    return ids.gather(1, _invert(_above(probabilities, min_p), uniform)[:, None])[:, 0]
 
 
-def _draw_nucleus(scores: torch.Tensor, uniform: torch.Tensor, top_p: float, min_p: float, width: int) -> torch.Tensor:
-    """As `_draw` with top-p alone, on the ``width`` likeliest tokens; rows for which they do not do go round again."""
-    width = min(width, scores.shape[-1])
-    candidates, ids = scores.topk(width, dim=-1)
-    kept, mass = _nucleus(candidates, scores.logsumexp(dim=-1, keepdim=True), top_p)
+def _soften(logits: torch.Tensor, best: torch.Tensor, heat: torch.Tensor) -> torch.Tensor:
+    """Probabilities of ``logits`` [R, K] at temperatures ``heat`` [R]; the best is taken off first, lest a cold one
+    overflow.
+    """
+    return (logits - best[:, None]).div_(heat[:, None]).softmax(dim=-1)
+
+
+def _draw_nucleus(
+    probabilities: torch.Tensor,
+    total: torch.Tensor,
+    uniform: torch.Tensor,
+    top_p: float,
+    min_p: float,
+    width: int,
+) -> torch.Tensor:
+    """As `_draw` with top-p, on the ``width`` likeliest tokens; rows whose nucleus is wider go round again.
+
+    How wide a row is looked at depends on that row alone, and so does the order among equals.
+    """
+    width = min(width, probabilities.shape[-1])
+    candidates, ids = probabilities.topk(width, dim=-1)
+    kept, found = _nucleus(candidates, total, top_p)
     tokens = ids.gather(1, _invert(_above(kept, min_p), uniform)[:, None])[:, 0]
-    if width < scores.shape[-1]:
-        short = (mass < top_p).nonzero()[:, 0]
+    if width < probabilities.shape[-1]:
+        short = (found < top_p * total).nonzero()[:, 0]
         if len(short):
-            tokens[short] = _draw_nucleus(scores[short], uniform[short], top_p, min_p, 8 * width)
+            rest = probabilities[short], total[short], uniform[short]
+            tokens[short] = _draw_nucleus(*rest, top_p, min_p, 8 * width)
     return tokens
 
 
-def _nucleus(candidates: torch.Tensor, log_total: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """``candidates`` [R, K], highest first, without those behind the first ``top_p`` of probability; and the mass of
-    all.
+def _nucleus(candidates: torch.Tensor, total: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """``candidates`` [R, K], highest first, zero behind the first ``top_p`` of ``total`` [R]; and the sum of all
+    [R].
     """
-    probability = (candidates - log_total).exp()
-    mass = probability.cumsum(dim=-1, dtype=torch.float64)
-    behind = mass - probability >= top_p
+    mass = candidates.cumsum(dim=-1, dtype=torch.float64)
+    behind = mass - candidates >= top_p * total[:, None]
     behind[:, 0] = False
-    return candidates.masked_fill(behind, -math.inf), mass[:, -1]
+    return candidates.masked_fill(behind, 0.0), mass[:, -1]
 
 
 def _above(candidates: torch.Tensor, min_p: float) -> torch.Tensor:
-    """``candidates`` [R, K] (highest is 0) without those less than ``min_p`` times as likely as the highest."""
-    return candidates.masked_fill(candidates < math.log(min_p), -math.inf) if min_p > 0.0 else candidates
+    """``candidates`` [R, K], zero where less than ``min_p`` times the highest."""
+    return candidates * (candidates >= min_p * candidates.amax(dim=-1, keepdim=True)) if min_p > 0.0 else candidates
 
 
-def _invert(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The place in each row of ``scores`` [R, K] at which the cumulated probability passes ``uniform`` [R]; int64
-    [R].
+def _block_sums(weights: torch.Tensor) -> torch.Tensor:
+    """Sums [R, ceil(K / 64)] of every 64 neighbours in ``weights`` [R, K]; each by itself, whatever R is."""
+    sums = weights.unfold(1, _BLOCK, _BLOCK).sum(dim=-1) if weights.shape[-1] >= _BLOCK else weights[:, :0]
+    rest = weights.shape[-1] % _BLOCK
+    return torch.cat([sums, weights[:, -rest:].cumsum(dim=-1)[:, -1:]], dim=-1) if rest else sums
+
+
+def _invert(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The place in each row of ``weights`` [R, K] at which their running sum passes ``uniform`` [R] of it; int64 [R].
+
+    First the block of 64, then the place in it: a running sum over a large vocabulary costs more than all the rest.
     """
-    cumulated = scores.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    target = uniform[:, None] * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, target, right=True)[:, 0].clamp_(max=scores.shape[-1] - 1)
+    blocks = _block_sums(weights).cumsum(dim=-1, dtype=torch.float64)
+    target = uniform[:, None] * blocks[:, -1:]
+    block = torch.searchsorted(blocks, target, right=True).clamp_(max=blocks.shape[-1] - 1)
+    upper = blocks.gather(1, block)
+    lower = torch.where(block > 0, blocks.gather(1, (block - 1).clamp_(min=0)), 0.0)
+    places = block * _BLOCK + torch.arange(_BLOCK, device=weights.device)
+    inside = places < weights.shape[-1]
+    places.clamp_(max=weights.shape[-1] - 1)
+    within = (weights.gather(1, places) * inside).cumsum(dim=-1, dtype=torch.float64)
+    share = (target - lower) / (upper - lower)
+    place = torch.searchsorted(within, share * within[:, -1:], right=True).clamp_(max=_BLOCK - 1)
+    return places.gather(1, place)[:, 0]
 
 
 def _logprobs(logits: torch.Tensor, tokens: list[int], rows: Sequence[RowSampler]) -> list[list[TokenLogprob]]:

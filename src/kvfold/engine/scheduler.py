@@ -8,7 +8,7 @@ starves.
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,8 +64,18 @@ class StepPlan:
 class Scheduler:
     """The queue of waiting branches, the list of running ones, and the rule that makes a plan of them."""
 
-    def __init__(self, books: CacheManager, *, max_batched_tokens: int = 512, max_sequences: int = 64) -> None:
-        """``max_batched_tokens``: tokens of a step; ``max_sequences``: sequences that run at once."""
+    def __init__(
+        self,
+        books: CacheManager,
+        *,
+        max_batched_tokens: int = 512,
+        max_sequences: int = 64,
+        prefix_caching: bool = True,
+    ) -> None:
+        """``max_batched_tokens``: tokens of a step; ``max_sequences``: sequences that run at once.
+
+        ``prefix_caching``: whether it pays to wait for a prefix that another prompt is about to compute.
+        """
         if max_sequences < 1 or max_batched_tokens < max_sequences:
             raise RequestError(
                 f"max_batched_tokens={max_batched_tokens} with max_sequences={max_sequences}",
@@ -75,6 +85,7 @@ class Scheduler:
         self.max_batched_tokens = max_batched_tokens
         self.max_sequences = max_sequences
         self._books = books
+        self._prefix_caching = prefix_caching
         self._block_size = books.block_size
         self._token_demand = _worst_token(books)
         self._running: list[Branch] = []
@@ -129,7 +140,7 @@ class Scheduler:
             budget -= chunk
         if not self._running:
             return self._first()
-        admit, blocked = self._admissions(budget, owed) if roomy else ((), None)
+        admit, blocked = self._admissions(budget, owed, prompts) if roomy else ((), None)
         if work or admit:
             return StepPlan(work=tuple(work), admit=admit, blocked=blocked)
         return self._squeezed()
@@ -147,7 +158,9 @@ class Scheduler:
                 return [], NOTHING, self._running[-1]
         return work, taken, None
 
-    def _admissions(self, budget: int, owed: Demand) -> tuple[tuple[Admission, ...], Branch | None]:
+    def _admissions(
+        self, budget: int, owed: Demand, prompts: Sequence[Branch]
+    ) -> tuple[tuple[Admission, ...], Branch | None]:
         """Newcomers beside the running, as long as there is room for the whole of each; and the first that is
         blocked.
         """
@@ -159,6 +172,8 @@ class Scheduler:
             if branch is self._blocked:
                 return tuple(admit), branch
             cached = self._books.match(branch.tokens, branch.request.salt)
+            if any(self._worth_awaiting(branch, cached, other) for other in [*prompts, *(a.branch for a in admit)]):
+                break
             # Beside the prompt itself, a block for each completion to grow into: else it is preempted as soon as
             # admitted.
             owed += self._arrival(branch, cached, len(branch.tokens) - cached)
@@ -177,7 +192,7 @@ class Scheduler:
         """
         if not self._waiting:
             return StepPlan()
-        admit, _ = self._admissions(self.max_batched_tokens, NOTHING)
+        admit, _ = self._admissions(self.max_batched_tokens, NOTHING, [])
         if admit:
             return StepPlan(admit=admit)
         head = self._waiting[0]
@@ -198,6 +213,27 @@ class Scheduler:
         while chunk and not self._books.fits(self._books.demand(_seq(branch), chunk)):
             chunk //= 2
         return StepPlan(work=(_work(branch, branch.computed, chunk),)) if chunk else StepPlan(stuck=branch)
+
+    def _worth_awaiting(self, branch: Branch, cached: int, other: Branch) -> bool:
+        """Whether ``other``, whose prompt is being computed, will soon offer ``branch`` more than the index does
+        now.
+        """
+        size = self._block_size
+        if not self._prefix_caching or branch.request.salt != other.request.salt:
+            return False
+        if branch.tokens[:size] != other.tokens[:size]:
+            return False
+        most = min(self._findable(len(other.tokens)), (len(branch.tokens) - 1) // size * size)
+        shared = range(size, most + 1, size)
+        # How many blocks the two have in common, by bisection: a comparison of slices is fast, one of tokens is not.
+        blocks = bisect_left(shared, True, key=lambda end: branch.tokens[:end] != other.tokens[:end])
+        return blocks * size > max(cached, self._findable(other.computed))
+
+    def _findable(self, length: int) -> int:
+        """Tokens at the start of a sequence of ``length`` tokens whose blocks are final, so that others find them."""
+        size = self._block_size
+        whole = length // size * size
+        return min([whole, *(g.packed_end(length, size) * size for g in self._books.groups if g.seals)])
 
     def _arrival(self, branch: Branch, cached: int, count: int) -> Demand:
         """The demand of ``count`` tokens after ``cached`` ones from the index, which cease to be free when they are
@@ -236,7 +272,9 @@ class Scheduler:
         """Remember whom a plan found blocked, so that the next ones need not look again before something is given
         back.
         """
-        self._blocked = plan.blocked
+        # A prompt that moves on may have computed a prefix for it, so that it needs less.
+        moving = bool(plan.admit) or any(work.chunk > 1 for work in plan.work)
+        self._blocked = None if moving else plan.blocked
 
     def preempt(self, branch: Branch, *, hold: bool = False) -> None:
         """A running branch, whose sequence has been freed, waits again; with ``hold``, until others give something

@@ -1,7 +1,8 @@
 """Attention over keys and values that lie densely in memory, with its log-sum-exp.
 
 Two implementations of one operation, chosen by :mod:`kvfold.kernels.registry`: PyTorch's fused CPU kernel, and plain
-matmul-softmax-matmul, which runs anywhere and knows soft-capping. Both return ``(o, lse)`` so that pieces can be merged.
+matmul-softmax-matmul, which runs anywhere and knows soft-capping. Both return ``(o, lse)`` so that pieces can be
+merged.
 
 Masks are additive and finite (``finfo.min`` rather than minus infinity): a query that sees nothing then comes out as a
 finite ``o`` with an ``lse`` near ``finfo.min``, which weighs nothing in a merge, instead of NaN.
@@ -22,10 +23,11 @@ __all__ = ["DenseCall", "dense_registry"]
 
 @dataclass(frozen=True, slots=True)
 class DenseCall:
-    """One dense attention: ``q [B, H, T, D]``, ``k [B, H, S, D]``, ``v [B, H, S, Dv]``; every query head has its own keys.
+    """One dense attention: ``q [B, H, T, D]``, ``k [B, H, S, D]``, ``v [B, H, S, Dv]``; every query head has its own
+    keys.
 
-    ``bias`` is additive, of the dtype of ``q``, broadcastable to ``[B, H, T, S]``; ``causal`` (only without ``bias``) lets
-    query ``i`` see keys ``<= i`` and needs ``T == S``.
+    ``bias`` is additive, of the dtype of ``q``, broadcastable to ``[B, H, T, S]``; ``causal`` (only without ``bias``)
+    lets query ``i`` see keys ``<= i`` and needs ``T == S``.
     """
 
     q: Tensor

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
+
 from kvfold.memory.books import Books, SequenceState
 from kvfold.memory.prefix import chain, root_hash
 from kvfold.memory.table import SeqId, State
@@ -53,7 +55,8 @@ def _audit_sequence(books: Books, seq: SeqId, state: SequenceState, references: 
         _must(table.first == spec.live(state.length, size) or not table.ids, f"{where}: live blocks")
         _must(table.packed_end <= max(table.sink_end, state.length // size), f"{where}: a partial block is packed")
         _must(
-            max(table.packed_end, table.sink_end) >= spec.packed_end(state.length, size), f"{where}: a block did not seal"
+            max(table.packed_end, table.sink_end) >= spec.packed_end(state.length, size),
+            f"{where}: a block did not seal",
         )
         _must(state.pending is not None or not table.more, f"{where}: blocks of no reservation")
         for index, block in enumerate(table.ids, table.first):
@@ -64,7 +67,8 @@ def _audit_sequence(books: Books, seq: SeqId, state: SequenceState, references: 
         entries += len(table.ids) + len(table.more)
         if table.view is not None:
             view, table.view = table.view, None
-            same = all((old == new).all() for old, new in zip(view, table.make_view(), strict=True))
+            same = all(np.array_equal(old, new) for old, new in zip(view, table.make_view(), strict=True))
+            table.view = view
             _must(same, f"{where}: a stale view")
     for group, work in enumerate(state.work or ()):
         if work.copied >= 0:

@@ -20,11 +20,36 @@ from kvfold.memory.prefix import BlockHash, PrefixEntry, PrefixIndex
 from kvfold.memory.reservation import Demand, Reservation, Seal, Unseal
 from kvfold.memory.table import GroupSpec, GroupTable, PoolKey, SeqId, State
 
-__all__ = ["Books", "GroupWork", "SequenceState", "Twin"]
+__all__ = ["Allowance", "Books", "GroupWork", "SequenceState", "Twin"]
 
 _Job = TypeVar("_Job", Seal, Unseal)
 
 _TABLE_SHARE: Final = 256  # at least this share of the budget is kept for the tables of sequences that share blocks
+
+
+class Allowance:
+    """How many extents may be taken before cached blocks beside used ones have all been reused.
+
+    ``due``: extents that a pool needs in any case. ``spare``: those that nobody needs, which may be taken to keep a
+    cached block that was used more recently. Never taking more leaves enough for every pool of the demand.
+    """
+
+    __slots__ = ("_due", "_spare")
+
+    def __init__(self, due: dict[PoolKey, int], spare: int) -> None:
+        self._due = due
+        self._spare = spare
+
+    def of(self, key: PoolKey) -> bool:
+        """Whether this pool may take an extent now."""
+        return self._spare > 0 or self._due.get(key, 0) > 0
+
+    def spend(self, key: PoolKey) -> None:
+        """This pool took an extent."""
+        if self._due.get(key, 0) > 0:
+            self._due[key] -= 1
+        else:
+            self._spare -= 1
 
 
 class Twin:
@@ -165,8 +190,8 @@ class Books:
     # -------------------------------------------------------------------------------------------------------- room
 
     def fits(self, demand: Demand, dropping: Mapping[PoolKey, Sequence[int]] | None = None) -> bool:
-        """Whether ``demand`` can be met, once the blocks ``dropping`` (each referenced once) are let go. Exact, for a
-        taker that reuses cached blocks before it takes extents.
+        """Whether ``demand`` can be met, once the blocks ``dropping`` (each referenced once) are let go. Exact, if what
+        is taken stays within the `allowance`.
         """
         return self.growable or (self.missing_extents(demand, dropping) <= 0 and self.entries_fit(demand.entries))
 
@@ -193,14 +218,17 @@ class Books:
                 wanted += -(-(need - slots) // pool.blocks_per_extent)
         return wanted - have
 
-    def ample(self, demand: Demand) -> bool:
-        """Whether ``demand`` can be met from free blocks and free extents alone, so that nothing cached is lost."""
+    def allowance(self, demand: Demand) -> Allowance | None:
+        """The extents that may be taken to meet ``demand``; None, any, if free blocks and free extents are enough."""
+        due: dict[PoolKey, int] = {}
         wanted = 0
         for key, need in demand.totals().items():
             pool = self.pools[key]
-            if need > pool.free_blocks:
-                wanted += -(-(need - pool.free_blocks) // pool.blocks_per_extent)
-        return wanted <= self.arena.free_extents
+            wanted += max(0, -(-(need - pool.free_blocks) // pool.blocks_per_extent))
+            due[key] = max(0, -(-(need - pool.in_place()) // pool.blocks_per_extent))
+        if wanted <= self.arena.free_extents:
+            return None
+        return Allowance(due, self.arena.free_extents + self.arena.idle_extents - sum(due.values()))
 
     def make_room(self, demand: Demand, dropping: Mapping[PoolKey, Sequence[int]] | None = None) -> None:
         """Makes sure that ``demand`` fits: a growable arena grows, any other raises CacheFullError."""
@@ -222,11 +250,15 @@ class Books:
 
     # ------------------------------------------------------------------------------------------------------ blocks
 
-    def take(self, key: PoolKey, *, thrifty: bool) -> int:
-        """A new block. Room must have been made."""
-        block = self.pools[key].allocate(thrifty=thrifty)
+    def take(self, key: PoolKey, allowance: Allowance | None) -> int:
+        """A new block, within the allowance of a demand that was found to fit."""
+        pool = self.pools[key]
+        active = pool.active_extents
+        block = pool.allocate(early=allowance is None or allowance.of(key))
         if block is None:
-            raise AssertionError(f"pool {self.pools[key].name} has no room, although it was found to have")
+            raise AssertionError(f"pool {pool.name} has no room, although it was found to have")
+        if allowance is not None and pool.active_extents > active:
+            allowance.spend(key)
         return block
 
     def drop(self, group: int, state: State, block: int) -> None:

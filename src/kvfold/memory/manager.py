@@ -18,7 +18,7 @@ from kvfold.memory.audit import audit
 from kvfold.memory.books import Books
 from kvfold.memory.capacity import UNBOUNDED, Capacity
 from kvfold.memory.pool import BlockPool
-from kvfold.memory.reservation import Copy, Demand, Reservation, Run, Seal, Unseal
+from kvfold.memory.reservation import NOTHING, Copy, Demand, Reservation, Run, Seal, Unseal
 from kvfold.memory.table import GroupSpec, PoolKey, SeqId, State, TableView
 
 __all__ = [
@@ -219,7 +219,7 @@ class CacheManager:
 
     def fits(self, *demands: Demand) -> bool:
         """Whether all ``demands`` can be met at once. Exact for one `reserve`, and for `reserve_many`. Pure."""
-        return self._books.fits(sum(demands, Demand()))
+        return self._books.fits(sum(demands, NOTHING))
 
     def reserve(self, seq: SeqId, new_tokens: int) -> Reservation:
         """Room for ``new_tokens`` more tokens: all of it, or CacheFullError and nothing has changed."""

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvfold.errors import BudgetError
-from kvfold.memory.arena import ALIGN, Arena
+from kvfold.memory.arena import ALIGN, Arena, Lender
 
 __all__ = ["BlockPool"]
 
@@ -92,6 +92,11 @@ class BlockPool:
         """Held extents in which nothing is referenced."""
         return len(self._idle)
 
+    @property
+    def active_extents(self) -> int:
+        """Held extents in which something is referenced."""
+        return len(self._extents) - len(self._idle)
+
     def refcount(self, block: int) -> int:
         """References to ``block``; 0 if it is cached or free."""
         return self._refs.get(block, 0)
@@ -108,7 +113,7 @@ class BlockPool:
 
     def in_place(self) -> int:
         """Blocks that can be had without another extent: free or cached ones beside used ones."""
-        return (len(self._extents) - len(self._idle)) * self.blocks_per_extent - len(self._refs)
+        return self.active_extents * self.blocks_per_extent - len(self._refs)
 
     def forecast(self, pinned: Iterable[int], dropped: Iterable[int]) -> tuple[int, int]:
         """``(in_place, change of idle or free extents)`` if the cached blocks ``pinned`` were referenced and the blocks
@@ -130,25 +135,28 @@ class BlockPool:
 
     # ----------------------------------------------------------------------------------------------- taking blocks
 
-    def allocate(self, *, thrifty: bool = False) -> int | None:
+    def allocate(self, *, early: bool = True) -> int | None:
         """A block with one reference, or None if there is no room.
 
-        Order: a free block beside used ones (lowest id), a free block beside cached ones, a new extent, and only then
-        the least recently used cached block, a pool's whole idle extent last. ``thrifty``: cached blocks beside used
-        ones go before an extent is touched, so that no more extents are taken than there must be.
+        Order: a free block beside used ones (lowest id), a free block beside cached ones, a new extent; then what was
+        used least recently: the oldest cached block beside used ones, or the longest idle extent of any pool. Without
+        ``early``, an extent is touched only if there is no cached block left beside used ones.
         """
         block = self._take_open()
-        if block is None and not thrifty and self._idle_free:
+        if block is None and not early:
+            block = self._take_oldest()
+        if block is None and self._idle_free:
             self._activate(next(iter(self._idle_free)))
             block = self._take_open()
-        if block is None and thrifty:
-            block = self._take_oldest()
         if block is None:
             block = self._take_borrowed()
-        if block is None and not thrifty:
-            block = self._take_oldest()
         if block is None:
-            block = self._take_idle()
+            owner, oldest = self._arena.longest_idle(), self._oldest()
+            since = owner.idle_since() if owner is not None else None
+            if owner is None or since is None or (oldest is not None and oldest < since):
+                block = self._take_oldest()
+            else:
+                block = self._take_idle(owner)
         if block is not None:
             self._refs[block] = 1
             self._extents[block // self.blocks_per_extent].used += 1
@@ -169,15 +177,22 @@ class BlockPool:
                 extent.listed = False
         return None
 
-    def _take_oldest(self) -> int | None:
+    def _oldest(self) -> int | None:
+        """When the oldest cached block beside used ones was last used; it is then the first of the heap."""
         while self._lru:
-            stamp, block = heapq.heappop(self._lru)
-            extent = block // self.blocks_per_extent
-            if self._cached.get(block) == stamp and extent not in self._idle:
-                self._evict(block)
-                self._extents[extent].cached -= 1
-                return block
+            stamp, block = self._lru[0]
+            if self._cached.get(block) == stamp and block // self.blocks_per_extent not in self._idle:
+                return stamp
+            heapq.heappop(self._lru)
         return None
+
+    def _take_oldest(self) -> int | None:
+        if self._oldest() is None:
+            return None
+        _, block = heapq.heappop(self._lru)
+        self._evict(block)
+        self._extents[block // self.blocks_per_extent].cached -= 1
+        return block
 
     def _take_borrowed(self) -> int | None:
         index = self._arena.borrow()
@@ -190,10 +205,8 @@ class BlockPool:
         self._list(extent)
         return self._take_open()
 
-    def _take_idle(self) -> int | None:
-        owner = self._arena.longest_idle()
-        if owner is None:
-            return None
+    def _take_idle(self, owner: Lender) -> int | None:
+        """A block of the longest idle extent, which ``owner`` holds."""
         if owner is not self:
             owner.surrender()
             return self._take_borrowed()

@@ -111,6 +111,8 @@ class Demand(Mapping[PoolKey, int]):
     def __add__(self, other: Demand) -> Demand:
         if not isinstance(other, Demand):
             return NotImplemented
+        if self is NOTHING or other is NOTHING:
+            return other if self is NOTHING else self
         blocks = dict(self._blocks)
         for key, count in other._blocks.items():
             blocks[key] = blocks.get(key, 0) + count

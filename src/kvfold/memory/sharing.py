@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from kvfold.errors import CacheFullError, RequestError, UnsupportedError
-from kvfold.memory.books import Books, SequenceState
+from kvfold.memory.books import Allowance, Books, SequenceState
 from kvfold.memory.prefix import BlockHash, PrefixEntry, chain, root_hash
 from kvfold.memory.reservation import Demand, Unseal
 from kvfold.memory.table import GroupTable, PoolKey, SeqId
@@ -177,8 +177,8 @@ def truncate(books: Books, seq: SeqId, length: int) -> tuple[Unseal, ...]:
         if not table.ids:
             table.first = spec.live(length, size)
         table.view = None
-    thrifty = bool(cut) and not books.ample(need)
-    unseals = [_unseal(books, state, group, thrifty=thrifty) for group in cut]
+    allowance = books.allowance(need)
+    unseals = [_unseal(books, state, group, allowance) for group in cut]
     state.length = length
     del state.tokens[length:]
     del state.hashes[length // size :]
@@ -201,10 +201,10 @@ def _only_here(books: Books, state: SequenceState, keep: int) -> dict[PoolKey, l
     return blocks
 
 
-def _unseal(books: Books, state: SequenceState, group: int, *, thrifty: bool) -> Unseal:
+def _unseal(books: Books, state: SequenceState, group: int, allowance: Allowance | None) -> Unseal:
     """A raw block in the place of the last, packed one. Both keep a reference until the caller has decoded."""
     table = state.tables[group]
-    raw = books.take((group, "raw"), thrifty=thrifty)
+    raw = books.take((group, "raw"), allowance)
     books.pools[group, "raw"].ref(raw)
     unseal = Unseal(group, table.ids[-1], raw)
     table.ids[-1] = raw

@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Sequence
 
 from kvfold.errors import RequestError
-from kvfold.memory.books import Books, GroupWork, SequenceState, Twin
+from kvfold.memory.books import Allowance, Books, GroupWork, SequenceState, Twin
 from kvfold.memory.prefix import block_hash, root_hash, token_bytes
 from kvfold.memory.reservation import (
     NOTHING,
@@ -104,14 +104,14 @@ def reserve(books: Books, wants: Sequence[tuple[SeqId, int]]) -> list[Reservatio
             plan = _plan(books, state, new_tokens)
             plans.append(plan)
             total = total + _demand_of(books, state, plan)
-    thrifty = False
+    allowance = None
     if len(total):
         books.make_room(total)
-        thrifty = not books.ample(total)
+        allowance = books.allowance(total)
     return [
         _quiet(books, state, seq, new_tokens)
         if plan is None
-        else _carry_out(books, state, Reservation(seq, state.length, new_tokens, (), ()), plan, thrifty)
+        else _carry_out(books, state, Reservation(seq, state.length, new_tokens, (), ()), plan, allowance)
         for state, (seq, new_tokens), plan in zip(states, wants, plans, strict=True)
     ]
 
@@ -126,7 +126,7 @@ def _quiet(books: Books, state: SequenceState, seq: SeqId, new_tokens: int) -> R
 
 
 def _carry_out(
-    books: Books, state: SequenceState, want: Reservation, plans: Sequence[GroupPlan], thrifty: bool
+    books: Books, state: SequenceState, want: Reservation, plans: Sequence[GroupPlan], allowance: Allowance | None
 ) -> Reservation:
     copies: list[Copy] = []
     runs: list[tuple[Run, ...]] = []
@@ -137,7 +137,7 @@ def _carry_out(
         if plan.tail:
             tail = table.ids[-1]
             if _must_copy(books, group, tail):
-                copied, table.ids[-1] = tail, books.take((group, "raw"), thrifty=thrifty)
+                copied, table.ids[-1] = tail, books.take((group, "raw"), allowance)
                 books.copied_blocks += 1
                 copies.append(Copy(group, "raw", copied, table.ids[-1]))
             else:
@@ -145,10 +145,10 @@ def _carry_out(
         table.more_first, table.direct_start, table.direct_stop = plan.new, plan.direct, plan.direct_stop
         for index in range(plan.new, plan.stop):
             packed = plan.direct <= index < plan.direct_stop
-            table.more.append(books.take((group, "packed" if packed else "raw"), thrifty=thrifty))
+            table.more.append(books.take((group, "packed" if packed else "raw"), allowance))
         books.entries += len(table.more)
         seals = [
-            (index, _take_packed(books, group, table.ids[index - table.first], thrifty))
+            (index, _take_packed(books, group, table.ids[index - table.first], allowance))
             for index in range(plan.seal, plan.seal_stop)
         ]
         if copied >= 0 or table.more:
@@ -163,13 +163,13 @@ def _carry_out(
     return state.pending
 
 
-def _take_packed(books: Books, group: int, raw: int, thrifty: bool) -> int:
+def _take_packed(books: Books, group: int, raw: int, allowance: Allowance | None) -> int:
     """The block that ``raw`` will seal into: its twin if it has one, else a new one."""
     twin = books.twins.get((group, raw))
     if twin is not None:
         books.pools[group, "packed"].ref(twin.packed)
         return twin.packed
-    packed = books.take((group, "packed"), thrifty=thrifty)
+    packed = books.take((group, "packed"), allowance)
     if books.pools[group, "raw"].refcount(raw) > 1:
         books.twins[group, raw] = Twin(packed)
         books.twin_of[group, packed] = raw
@@ -240,7 +240,9 @@ def commit(
         for index, packed in job.seals:
             seals.append(_seal(books, state, group, index, packed))
         released = min(job.live, table.stop) - table.first
-        for index in range(table.first, table.first + released):  # released blocks were not sealed: their old states hold
+        for index in range(
+            table.first, table.first + released
+        ):  # released blocks were not sealed: their old states hold
             books.drop(group, table.state_of(index), table.ids[index - table.first])
         table.packed_end = job.packed_end
         if released > 0:
@@ -338,5 +340,6 @@ def _quiet_until(books: Books, state: SequenceState) -> int:
         if spec.window is not None and spec.kind == "sliding":
             until = min(until, (table.first + 1) * size + spec.window - 2)
         elif spec.window is not None and spec.kind == "chunked":
-            until = min(until, (length // spec.window + 1) * spec.window - 1)
+            # a chunk that begins behind block `first` releases it
+            until = min(until, -(-(table.first + 1) * size // spec.window) * spec.window - 1)
     return until

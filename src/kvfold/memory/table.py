@@ -51,7 +51,11 @@ class GroupSpec:
         """Whether any block is ever packed. Where the recent tokens cover the window, blocks leave before they could
         be.
         """
-        short = self.kind in ("sliding", "chunked") and self.window is not None and self.window + self.margin - 1 <= self.recent
+        short = (
+            self.kind in ("sliding", "chunked")
+            and self.window is not None
+            and self.window + self.margin - 1 <= self.recent
+        )
         return self.packed_block_bytes > 0 and not short
 
     def sink_end(self, block_size: int) -> int:

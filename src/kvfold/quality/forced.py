@@ -19,7 +19,9 @@ CHUNK_TOKENS = 32
 
 @dataclass(frozen=True, slots=True)
 class Forced:
-    """Logits ``[N, V]`` of the scored positions, the bytes the cache held at the end, and the speed of single-token steps."""
+    """Logits ``[N, V]`` of the scored positions, the bytes the cache held at the end, and the speed of single-token
+    steps.
+    """
 
     logits: Tensor
     kv_bytes: int
@@ -36,8 +38,8 @@ def teacher_force(
 ) -> Forced:
     """Feeds ``tokens`` to a new sequence and frees it again.
 
-    ``score_from``: the first position whose logits are kept. ``decode_steps``: greedy single-token steps timed after the tokens.
-    ``progress`` is told how many tokens are done.
+    ``score_from``: the first position whose logits are kept. ``decode_steps``: greedy single-token steps timed after
+    the tokens. ``progress`` is told how many tokens are done.
     """
     seq = runner.create()
     kept: list[Tensor] = []

@@ -11,7 +11,9 @@ __all__ = ["Agreement", "agreement"]
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Over ``positions``: mean and 99th-percentile KL divergence in nats, and how often the most likely token is the same."""
+    """Over ``positions``: mean and 99th-percentile KL divergence in nats, and how often the most likely token is the
+    same.
+    """
 
     positions: int
     kl_mean: float
