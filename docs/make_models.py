@@ -88,8 +88,8 @@ def render(results: Sequence[Result]) -> str:
         f"Three sequences of {LENGTHS[0]}, {LENGTHS[1]} and {LENGTHS[2]} tokens share packed forwards: prompts of",
         f"{first[0]}, {first[1]} and {first[2]} tokens, the next {second[2]} tokens of the third beside decodes of the",
         "others, then decodes of all three; and, a second time, all in one forward. *Error* bounds the largest",
-        "difference of any logit from the model's plain forward over each sequence alone, in standard deviations of the",
-        "logits. It must not exceed 1e-5, where the note does not say otherwise. A wrong mask gives more than 1e-2.",
+        "difference of any logit from the model's plain forward over each sequence alone, in standard deviations of",
+        "the logits. It must not exceed 1e-5, where the note does not say otherwise. A wrong mask gives more than 1e-2.",
         "",
         f"**{count['passed']} families work, {count['refused']} are refused at load with the reason{fail},",
         f"{count['skipped']} were not tried.** A name with a `+` is a second config of a family and is not counted.",
@@ -121,7 +121,8 @@ def _bound(result: Result) -> str:
     """The bound that the error keeps: coarse, so that the page is the same on another machine."""
     error = max(result.error or 0.0, result.split or 0.0)
     granted, _ = TOLERANCES.get(result.family, (TOLERANCE, ""))
-    return f"{next(bound for bound in (5e-6, TOLERANCE, granted) if 1.2 * error <= bound or bound == granted):.1e}"
+    bound = next(step for step in (5e-6, TOLERANCE, granted) if 1.2 * error <= step or step == granted)
+    return f"≤ {bound:g}"
 
 
 if __name__ == "__main__":
