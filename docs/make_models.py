@@ -89,7 +89,7 @@ def render(results: Sequence[Result]) -> str:
         f"{first[0]}, {first[1]} and {first[2]} tokens, the next {second[2]} tokens of the third beside decodes of the",
         "others, then decodes of all three; and, a second time, all in one forward. *Error* bounds the largest",
         "difference of any logit from the model's plain forward over each sequence alone, in standard deviations of",
-        "the logits. It must not exceed 1e-5, where the note does not say otherwise. A wrong mask gives more than 1e-2.",
+        "the logits. It must not exceed 1e-5 unless the note says otherwise. A wrong mask gives more than 1e-2.",
         "",
         f"**{count['passed']} families work, {count['refused']} are refused at load with the reason{fail},",
         f"{count['skipped']} were not tried.** A name with a `+` is a second config of a family and is not counted.",

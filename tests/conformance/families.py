@@ -58,7 +58,9 @@ def tiny_config(name: str) -> PreTrainedConfig:
 
 def build_model(config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel:
     """A float32 model with weights drawn so that attention matters and logits are of the order of 1."""
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

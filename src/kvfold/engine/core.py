@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -14,9 +16,30 @@ from kvfold.engine.sampling import sample
 from kvfold.engine.scheduler import Admission, Scheduler, StepPlan, Work
 from kvfold.engine.state import Branch, Request, Status
 from kvfold.errors import CacheFullError, KVFoldError, NumericsError
-from kvfold.telemetry import StepStats, Stopwatch
+from kvfold.telemetry import StepStats
 
 __all__ = ["EngineCore"]
+
+
+@dataclass(slots=True)
+class _Counts:
+    """A `StepStats` that grows in place."""
+
+    steps: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    finished_requests: int = 0
+    preemptions: int = 0
+    seconds: float = 0.0
+
+    def add(self, work: Sequence[Work]) -> None:
+        """A forward of ``work`` was made."""
+        self.steps += 1
+        for branch, start, chunk, _ in work:
+            prompt = min(chunk, max(0, len(branch.request.prompt) - start))
+            self.prefill_tokens += prompt
+            self.decode_tokens += chunk - prompt
 
 
 class EngineCore:
@@ -27,11 +50,15 @@ class EngineCore:
         self.scheduler = scheduler
         self.requests: dict[str, Request] = {}
         """Requests that have not ended, by id."""
-        self.stats = StepStats()
-        """What has been done since the start."""
+        self._counts = _Counts()
         self._tokenizer = tokenizer
         self._watched: list[Branch] = []  # branches of streamed requests that gained something in this step
         self._ended: list[RequestOutput] = []
+
+    @property
+    def stats(self) -> StepStats:
+        """What has been done since the start."""
+        return StepStats(**asdict(self._counts))
 
     def add(self, request: Request) -> None:
         """A new request goes to the end of the queue."""
@@ -41,24 +68,17 @@ class EngineCore:
 
     def step(self) -> list[RequestOutput]:
         """Compute the next tokens of whoever has a turn; the requests that have ended by that."""
-        watch = Stopwatch()
+        began = time.perf_counter()
+        counts = self._counts
         plan = self._settle()
-        prefilled = decoded = 0
         if not plan.empty:
             work = [*plan.work, *map(self._start, plan.admit)]
             logits = self._run(work)
             if logits is not None:
-                prefilled = sum(item.chunk for item in work if item.chunk > 1)
-                decoded = sum(item.chunk == 1 for item in work)
+                counts.add(work)
                 self._advance(work, logits)
         ended = self._deliver()
-        self.stats += StepStats(
-            steps=int(prefilled + decoded > 0),
-            prefill_tokens=prefilled,
-            decode_tokens=decoded,
-            prefix_hit_tokens=sum(admission.cached for admission in plan.admit),
-            seconds=watch.seconds,
-        )
+        counts.seconds += time.perf_counter() - began
         return ended
 
     def abort(self, request: Request) -> RequestOutput:
@@ -86,7 +106,7 @@ class EngineCore:
         if branch.seq is not None:
             self.runner.free(branch.seq)
         self.scheduler.preempt(branch, hold=hold)
-        self.stats += StepStats(preemptions=1)
+        self._counts.preemptions += 1
 
     # -- run
 
@@ -99,6 +119,7 @@ class EngineCore:
         except BaseException:
             self.runner.free(seq)
             raise
+        self._counts.prefix_hit_tokens += branch.computed
         if branch.request.cached_tokens is None:
             branch.request.cached_tokens = branch.computed
         self.scheduler.admit(branch, seq)
@@ -217,7 +238,7 @@ class EngineCore:
             self._watched.append(branch)
         if request.finished:
             del self.requests[request.id]
-            self.stats += StepStats(finished_requests=1)
+            self._counts.finished_requests += 1
             self._ended.append(make_output(request, self._tokenizer))
 
     def _deliver(self) -> list[RequestOutput]:

@@ -159,9 +159,8 @@ class RowSampler:
 
 def sample(logits: torch.Tensor, rows: Sequence[RowSampler]) -> Sampled:
     """Choose a token for each row of ``logits`` float32 [B, V] (left as they are)."""
-    best, choice = logits.max(dim=-1)  # a NaN anywhere in a row is its maximum
-    tokens: list[int] = choice.tolist()
-    bad = [i for i, value in enumerate(best.tolist()) if not math.isfinite(value)]
+    highest, tokens = _likeliest(logits)
+    bad = [i for i, value in enumerate(highest) if not math.isfinite(value)]
     worked = [i for i, row in enumerate(rows) if not row.plain and i not in bad]
     if worked:
         scores = logits if len(worked) == len(rows) else logits[worked]
@@ -173,25 +172,35 @@ def sample(logits: torch.Tensor, rows: Sequence[RowSampler]) -> Sampled:
     return Sampled(tokens, bad, dict(zip(asked, reports, strict=True)))
 
 
+def _likeliest(logits: torch.Tensor) -> tuple[list[float], list[int]]:
+    """The highest of each row of ``logits`` [B, V], and the first of its places; NaN counts as the highest."""
+    if logits.device.type == "cpu":
+        rows = logits.numpy()
+        places = rows.argmax(axis=-1)  # several times as fast as torch's
+        return rows[np.arange(len(rows)), places].tolist(), places.tolist()
+    highest, choice = logits.max(dim=-1)
+    return highest.tolist(), choice.tolist()
+
+
 def _work(logits: torch.Tensor, rows: Sequence[RowSampler]) -> list[int]:
     """Tokens of rows that are not plain, from ``logits`` float32 [R, V] (left as they are)."""
     if any(row.alters for row in rows):
         logits = logits.clone()
         for i, row in enumerate(rows):
             row.penalise(logits[i])
-    best, choice = logits.max(dim=-1)
+    highest, tokens = _likeliest(logits)
     groups: dict[tuple[int, float, float], list[int]] = {}
     for i, row in enumerate(rows):
         if not row.params.greedy:
             groups.setdefault(row.filters, []).append(i)
     for filters, members in groups.items():
+        mine = logits if len(members) == len(rows) else logits[members]
+        best = torch.tensor([highest[i] for i in members], device=logits.device)
         heat = torch.tensor([rows[i].params.temperature for i in members], device=logits.device)
         uniform = torch.tensor([rows[i].uniform() for i in members], dtype=torch.float64, device=logits.device)
-        if len(members) == len(rows):
-            choice = _draw(logits, best, heat, uniform, filters)
-        else:
-            choice[members] = _draw(logits[members], best[members], heat, uniform, filters)
-    return list(map(int, choice.tolist()))
+        for i, token in zip(members, _draw(mine, best, heat, uniform, filters).tolist(), strict=True):
+            tokens[i] = token
+    return tokens
 
 
 def _draw(
