@@ -12,7 +12,7 @@ TESTFLAGS ?= -n 2
 BENCH     ?= --shape tiny --context 4096 --batch 4 --vs transformers
 THREADS   := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help venv demo test format lint bench models docs clean
+.PHONY: help venv demo test format lint bench docs clean
 
 help: ## print this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|' 2>/dev/null \
@@ -47,10 +47,8 @@ bench: $(STAMP) ## time decode steps, after a correctness gate; the result goes 
 	mkdir -p benchmarks/results
 	$(BIN)/kvfold bench decode $(BENCH) --json benchmarks/results/decode.json
 
-models: docs ## the same as docs
-
 docs: $(STAMP) ## rewrite docs/models.md: which model families are covered, found by running them
-	$(BIN)/python docs/make_models.py
+	$(BIN)/python -m docs.make_models
 
 clean: ## remove .venv, build products and caches
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info src/*.egg-info

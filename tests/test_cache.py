@@ -140,6 +140,24 @@ def test_bytes_in_use_are_what_geometry_predicts(config: PreTrainedConfig, recip
     assert world.cache.bytes_in_use() == wanted
 
 
+def test_the_order_of_a_step_may_change_from_one_to_the_next() -> None:
+    world = World(LLAMA, "int4,recent=16")
+    a, b, c = world.create(), world.create(), world.create()
+    world.step([(a, 100), (b, 3), (c, 70)])
+    for work in (
+        [(a, 1), (b, 2), (c, 1)],
+        [(b, 2), (a, 1), (c, 1)],
+        [(c, 1), (a, 1), (b, 2)],
+        [(b, 1), (c, 2), (a, 1)],
+    ):
+        assert world.step(work) <= 0.6
+    raw = World(LLAMA, "raw")
+    a, b = raw.create(), raw.create()
+    raw.step([(a, 3), (b, 9)])
+    for work in ([(a, 1), (b, 2)], [(b, 2), (a, 1)], [(a, 2), (b, 1)], [(b, 1), (a, 2)]):
+        assert raw.step(work) <= 1e-5
+
+
 def test_a_step_that_does_not_fit_leaves_everything_as_it_was() -> None:
     world = World(LLAMA, "raw", budget=64 << 10)
     seq = world.create()

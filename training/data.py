@@ -12,6 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
 from corpus import training_texts
 from kvfold.quality.tasks import (
     ADJECTIVES,
@@ -25,15 +28,13 @@ from kvfold.quality.tasks import (
     real_text,
     trace_document,
 )
-from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
 Ids = NDArray[np.int64]
 Weights = NDArray[np.float32]
 
-#: Weights of a token of ordinary text, of a repeated span, of a repeated value, and of an answer.  Only a tenth of a conversation is answer,
-#: so these make the three kinds of sequence weigh about the same.
-TEXT_WEIGHT, SPAN_WEIGHT, ECHO_WEIGHT, ANSWER_WEIGHT = 0.1, 1.0, 1.0, 1.0
+#  Weights of a token of ordinary text, of a repeated span, of a repeated value, and of an answer.  Only a tenth of a
+# conversation is answer,  so these make the three kinds of sequence weigh about the same.
+TEXT_WEIGHT, SPAN_WEIGHT, ECHO_WEIGHT, ANSWER_WEIGHT = 0.3, 1.0, 1.0, 1.0
 
 
 @dataclass(slots=True)
@@ -114,7 +115,9 @@ class Source:
         return np.concatenate(parts)[:length], np.concatenate(weights)[:length]
 
     def _echo(self, length: int, rng: random.Random) -> tuple[Ids, Weights]:
-        """A key-value list, and its lines again in other orders: a lookup in which the key is right before the value."""
+        """A key-value list, and its lines again in other orders: a lookup in which the key is right before the
+        value.
+        """
         share = rng.uniform(0.15, 0.5)
         lines = kv_document(rng.randrange(1 << 40), int(length * share), self.count, "train").text.split("\n")
         coded = [np.asarray(self._ids(line + "\n"), np.int64) for line in lines]

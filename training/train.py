@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data import Mixture, Source
-from kvfold.quality.tasks import TASKS, make_sample
-from model import Decoder, Shape
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from data import Mixture, Source
+from kvfold.quality.tasks import TASKS, make_sample
+from model import Decoder, Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ STAGES = (
     Stage(256, 0.36, Mixture(single=3, multi=1.0, needle=1.5, trace=0.4, copy=0.4, text=1.5, spans=0.5, echo=1.5)),
     Stage(512, 0.48, Mixture(single=3, multi=1.5, needle=2.0, trace=0.6, copy=0.4, text=2.0, spans=0.3, echo=1)),
     Stage(1024, 0.66, Mixture(single=3, multi=1.7, needle=2, trace=0.7, copy=0.4, text=2.5, spans=0.1, echo=0.5)),
-    Stage(2048, 1.01, Mixture(single=3, multi=2.0, needle=2, trace=0.8, copy=0.3, text=2.5, spans=0.1, echo=0.3)),
+    Stage(2048, 1.01, Mixture(single=2.5, multi=2.0, needle=2, trace=0.8, copy=0.3, text=4, spans=0.1, echo=0.2)),
 )
 #: Sequences in a batch, by length.
 ROWS = {64: 32, 128: 16, 256: 16, 512: 8, 1024: 8, 2048: 4, 4096: 2}
@@ -124,7 +125,7 @@ def loss_of(model: Decoder, ids: Tensor, weights: Tensor) -> tuple[Tensor, float
     answers = weight >= 1.0
     with torch.no_grad():
         right = (scores[answers].argmax(-1) == target[answers]).float().mean().item() if answers.any() else float("nan")
-        plain = losses[weight < 0.15].mean().item() if (weight < 0.15).any() else float("nan")
+        plain = losses[weight < 0.5].mean().item() if (weight < 0.5).any() else float("nan")
     return (losses * weight).sum() / weight.sum(), right, plain
 
 
@@ -219,8 +220,13 @@ def main() -> None:
         if right == right and length >= stage.length:
             progress.accuracy += (right - progress.accuracy) * 0.02
         if progress.step % 50 == 0:
-            write(length=length, loss=round(loss.item(), 4), text=round(plain, 3), answers=round(progress.accuracy, 4),
-                  rate=round(arguments.rate * rate_at(progress, arguments.minutes), 6))
+            write(
+                length=length,
+                loss=round(loss.item(), 4),
+                text=round(plain, 3),
+                answers=round(progress.accuracy, 4),
+                rate=round(arguments.rate * rate_at(progress, arguments.minutes), 6),
+            )
         last = progress.stage == len(STAGES) - 1
         if not last and (progress.accuracy > ADVANCE_AT or progress.minutes / arguments.minutes > stage.until):
             progress.stage, progress.accuracy = progress.stage + 1, 0.0

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kvfold.engine import Engine
+from kvfold.engine import Engine, RequestOutput
 
 VOCAB = 320
 EOS = 2
@@ -70,3 +70,16 @@ def assert_idle(engine: Engine) -> None:
     assert books.sequences() == ()
     assert books.bytes_in_use() == 0
     books.check()
+
+
+def engine_of(model: Any, **options: Any) -> Engine:
+    """A raw cache of small blocks, unless ``options`` say otherwise."""
+    return Engine(model, **({"kv_memory": "4MiB", "recipe": "raw,block=8", "check": False} | options))
+
+
+def drain(engine: Engine) -> dict[str, RequestOutput]:
+    """Steps until nothing is left; what ended, by id."""
+    done = {}
+    while engine.has_unfinished():
+        done |= {output.request_id: output for output in engine.step()}
+    return done

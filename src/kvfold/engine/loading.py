@@ -54,11 +54,11 @@ def _resolve(path: str | Path) -> str:
         if not (folder / "config.json").is_file():
             raise ModelError("the bundled model is missing", why=f"no {folder}", hint="reinstall kvfold")
         return str(folder)
-    if Path(path).is_dir():
+    text = str(path)
+    if text and Path(path).is_dir():
         if not (Path(path) / "config.json").is_file():
             raise ModelError(f"no model in {str(path)!r}", why="the directory has no config.json")
-        return str(path)
-    text = str(path)
+        return text
     if isinstance(path, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or not text:
         raise ModelError(
             f"no model at {text!r}", why="no such directory", hint="give a directory, a hub id, or 'bundled'"

@@ -30,9 +30,9 @@ __all__ = [
     "demo_document",
     "draw_keys",
     "kv_document",
-    "needle_document",
     "make_sample",
     "multi_question",
+    "needle_document",
     "passages_of",
     "plant",
     "real_text",
@@ -48,7 +48,8 @@ ADJECTIVES: tuple[str, ...] = tuple(
     hollow honest humble icy iron ivory jolly kind late lively lonely loud lucky mellow misty modern narrow nimble
     noble northern orange pale patient plain polite proud purple quick quiet rapid rare red round royal rustic salty
     scarlet secret sharp shiny silent silver simple slow small smooth snowy soft solid southern spare steady stormy
-    strong sunny sweet swift tall tender thin tidy tiny vast velvet warm white wild windy wise wooden yellow young""".split()
+    strong sunny sweet swift tall tender thin tidy tiny vast velvet warm white wild windy wise wooden
+    yellow young""".split()
 )
 NOUNS: tuple[str, ...] = tuple(
     """anchor apple arrow badger barrel basket beacon bell bishop bottle bridge bucket cabin camel candle canyon
@@ -84,7 +85,9 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text and the facts in it, as ``(question, answer)`` pairs; an answer is a whole statement that ends in the value."""
+    """A text and the facts in it, as ``(question, answer)`` pairs; an answer is a whole statement that ends in the
+    value.
+    """
 
     text: str
     facts: tuple[tuple[str, str], ...]
@@ -145,7 +148,9 @@ def _fit(build: Callable[[int], Document], target: int, count_tokens: CountToken
 def kv_document(
     seed: int, target_tokens: int, count_tokens: CountTokens, split: Split = "heldout", reserve: int = 0
 ) -> Document:
-    """Lines such as ``- amber-falcon: 4821``; every line can be asked for, and is the answer.  ``reserve`` tokens are left free."""
+    """Lines such as ``- amber-falcon: 4821``; every line can be asked for, and is the answer.  ``reserve`` tokens are
+    left free.
+    """
 
     def build(items: int) -> Document:
         rng = random.Random(f"kv/{seed}")
@@ -211,9 +216,7 @@ def copy_document(
     return _fit(build, target_tokens - reserve, count_tokens)
 
 
-def plant(
-    rng: random.Random, lines: Sequence[str], count: int, split: Split = "heldout"
-) -> Document:
+def plant(rng: random.Random, lines: Sequence[str], count: int, split: Split = "heldout") -> Document:
     """Plant ``count`` facts between lines of text; no two facts share a key."""
     out = list(lines)
     places = sorted(rng.choices(range(len(out) + 1), k=count), reverse=True)

@@ -1,0 +1,80 @@
+"""Finding a model: what is there loads, what is not is named with a hint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from kvfold.engine import Engine, SamplingParams, loading
+from kvfold.engine.loading import available_memory, end_tokens, load
+from kvfold.errors import ModelError
+from tests.engine.tiny_engine import assert_idle, byte_tokenizer, tiny_model
+
+
+def test_a_saved_model_loads_as_it_was_saved_and_is_ready(tmp_path: Path) -> None:
+    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    model, tokenizer = load(tmp_path, device="cpu")
+    assert (model.dtype, model.training, tokenizer.eos_token_id) == (torch.bfloat16, False, 2)
+    assert load(str(tmp_path), dtype=torch.float32, device="cpu")[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/dir", "a/b/c", Path("nowhere"), ""])
+def test_a_missing_directory_is_named(name: str | Path) -> None:
+    with pytest.raises(ModelError, match="no such directory") as error:
+        load(name)
+    assert error.value.hint
+
+
+def test_a_directory_without_a_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"config\.json"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="cannot load"):
+        load(tmp_path)
+
+
+def test_what_the_hub_does_not_have_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise OSError("nobody/nothing is not a repository\nlong explanation")
+
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", missing)
+    with pytest.raises(ModelError) as error:
+        load("nobody/nothing")
+    assert "not a repository" in str(error.value)
+    assert "long explanation" not in str(error.value)
+
+
+def test_end_tokens_are_those_of_model_and_tokenizer() -> None:
+    def model(ids: object) -> Any:
+        return cast(Any, SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=ids)))
+
+    assert end_tokens(model([5, 6]), byte_tokenizer()) == {2, 5, 6}
+    assert end_tokens(model(None), None) == set()
+    assert end_tokens(model(7), None) == {7}
+
+
+def test_memory_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    device = torch.device("cpu")
+    assert available_memory(device) > 0
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("400\n")
+    monkeypatch.setattr(loading, "_CGROUP", tmp_path)
+    assert available_memory(device) == 600
+    monkeypatch.setattr(loading, "_MEMINFO", tmp_path / "none")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_memory(device) > 2**20
+
+
+def test_the_bundled_model_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Engine("bundled", kv_memory="8MiB", recipe="int4") as engine:
+        output = engine.generate("A list is", SamplingParams(max_tokens=8))[0]
+        assert output.text == engine.tokenizer.decode(output.token_ids, skip_special_tokens=True)
+        assert_idle(engine)
+    monkeypatch.setattr(loading, "BUNDLED", "nothing")
+    with pytest.raises(ModelError, match="bundled model is missing"):
+        load("nothing")
