@@ -140,6 +140,28 @@ def test_bytes_in_use_are_what_geometry_predicts(config: PreTrainedConfig, recip
     assert world.cache.bytes_in_use() == wanted
 
 
+@pytest.mark.parametrize(("length", "at_least"), [(1800, 2.9), (16_384, 3.4)])
+def test_int4_is_as_small_as_promised_with_everything_counted(length: int, at_least: float) -> None:
+    config = LlamaConfig(
+        hidden_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=64, vocab_size=64
+    )
+    geometry = Geometry.from_config(config)
+    used = {}
+    for recipe in (Recipe(), Recipe.parse("int4")):
+        cache = PagedCache(geometry, recipe, dtype=torch.bfloat16)
+        seq = cache.create()
+        for start in range(0, length, 1024):
+            count = min(1024, length - start)
+            step = cache.begin([SequenceWork(seq, count)])
+            rows = torch.zeros(count, 2, 64, dtype=torch.bfloat16)
+            for layer in range(4):
+                step.write(layer, rows, rows)
+            cache.commit(step)
+        used[str(recipe)] = cache.bytes_in_use()
+        assert used[str(recipe)] == geometry.cache_bytes(recipe, 2, [length])
+    assert used["raw"] / used["int4"] >= at_least
+
+
 def test_the_order_of_a_step_may_change_from_one_to_the_next() -> None:
     world = World(LLAMA, "int4,recent=16")
     a, b, c = world.create(), world.create(), world.create()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from kvfold import __version__
 from kvfold.errors import KVFoldError, RequestError
@@ -74,7 +75,7 @@ def demo(
 
     chosen = [text.strip() for text in recipes.split(";")] if recipes else list(DEMO_RECIPES)
     loaded, tokenizer = load(model)
-    with _busy("loading") as say:
+    with _progress(2 * len({"raw", *chosen})) as say:
         document, rows = run_demo(loaded, tokenizer, recipes=chosen, target_tokens=tokens, seed=seed, say=say)
     if json_file != "-":
         demo_report(Console(), document, rows, answers=answers)
@@ -168,7 +169,7 @@ def bench_decode_command(
         raise RequestError("--shape and --model", why="one of them names the model", hint="give only one")
     if dtype not in ("bfloat16", "float16", "float32"):
         raise RequestError(f"unknown dtype {dtype!r}", hint="known: bfloat16, float16, float32")
-    with _busy("loading") as say:
+    with _progress(steps + 1) as say:
         if shape is not None:
             loaded = random_model(shape, dtype=getattr(torch, dtype), max_positions=context + steps + 2, seed=seed)
         else:
@@ -210,11 +211,16 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
 
 
 @contextmanager
-def _busy(first: str) -> Iterator[Any]:
-    """A spinner on stderr that says what is being done; silent when stderr is no terminal."""
-    console = Console(stderr=True)
-    with console.status(first) as status:
-        yield status.update
+def _progress(steps: int) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr, if that is a terminal; the function it gives says what begins now and counts one of ``steps``."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("loading", total=steps + 1)
+
+        def say(what: str) -> None:
+            progress.update(task, advance=1, description=what)
+
+        yield say
 
 
 def _write_json(file: str | None, data: Any) -> None:
