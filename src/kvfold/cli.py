@@ -212,7 +212,7 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
 
 @contextmanager
 def _progress(steps: int) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr, if that is a terminal; the function it gives says what begins now and counts one of ``steps``."""
+    """A bar on stderr if that is a terminal; the function it gives says what begins and counts one of ``steps``."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("loading", total=steps + 1)

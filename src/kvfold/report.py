@@ -23,8 +23,9 @@ def demo_report(console: Console, document: Document, rows: Sequence[DemoRow], *
         return
     first = rows[0]
     console.print(
-        f"A stretch of Python's own documentation ({len(document.text):,} characters) with {first.answers_total} facts."
-        f"\nThe model reads it once ({first.context_tokens:,} tokens with the questions) and is asked for each.\n"
+        f"A stretch of Python's own documentation, {len(document.text):,} characters, in which "
+        f"{first.answers_total} facts\nare planted. The model reads it ({first.context_tokens:,} tokens with the questions) "
+        "and is asked for each.\n"
     )
     _print_answers(console, rows, limit=None if answers else 3)
     table = Table(title="The same questions, from caches of different size", title_justify="left", box=SIMPLE_HEAD)
@@ -42,9 +43,10 @@ def demo_report(console: Console, document: Document, rows: Sequence[DemoRow], *
         )
     console.print(table)
     console.print(
-        "KV cache: bytes of all blocks allocated for the text; sinks, recent window, scales, slack, tables counted.\n"
-        "tok/s: decoding one sequence at the end of the text. KL (nats) and top-1 agreement: against raw, on the same\n"
-        f"{first.positions:,} teacher-forced tokens, through the runtime that serves.",
+        "KV cache: all blocks allocated for the text; sinks, recent window, scales,\n"
+        "slack and tables counted. tok/s: decoding one sequence at the end of the text.\n"
+        f"KL (nats) and top-1 agreement: against raw, on the same {first.positions:,} teacher-\n"
+        "forced tokens, through the runtime that serves.",
         style="dim",
     )
 
@@ -81,8 +83,8 @@ def bench_report(console: Console, rows: Sequence[DecodeRow]) -> None:
         )
     console.print(table)
     console.print(
-        f"of limit: weights and cache bytes read once at this machine's stream rate ({rows[0].stream_gb_s:.1f} GB/s).\n"
-        "KL: against raw on the first step, over random cache contents.",
+        "of limit: weights and cache read once at this machine's stream rate,\n"
+        f"{rows[0].stream_gb_s:.1f} GB/s. KL: against raw on the first step, over random cache contents.",
         style="dim",
     )
 
