@@ -24,8 +24,8 @@ def demo_report(console: Console, document: Document, rows: Sequence[DemoRow], *
     first = rows[0]
     console.print(
         f"A stretch of Python's own documentation, {len(document.text):,} characters, in which "
-        f"{first.answers_total} facts\nare planted. The model reads it ({first.context_tokens:,} tokens with the questions) "
-        "and is asked for each.\n"
+        f"{first.answers_total} facts\nare planted. The model reads it ({first.context_tokens:,} tokens with "
+        "the questions) and is asked for each.\n"
     )
     _print_answers(console, rows, limit=None if answers else 3)
     table = Table(title="The same questions, from caches of different size", title_justify="left", box=SIMPLE_HEAD)
