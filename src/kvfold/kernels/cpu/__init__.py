@@ -9,18 +9,14 @@ from __future__ import annotations
 import logging
 from functools import cache, lru_cache
 from importlib import import_module
-from typing import TYPE_CHECKING, cast
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from kvfold.errors import UnsupportedError
 from kvfold.formats import PageFormat, VectorFormat
 from kvfold.kernels.pages import PagesCall
-
-if TYPE_CHECKING:
-    from types import ModuleType
-
-    from kvfold.kernels.cpu._native import Layout
 
 __all__ = ["attend", "available", "refuses", "variants"]
 
@@ -73,11 +69,12 @@ def refuses(call: PagesCall) -> str | None:
 def attend(call: PagesCall, variant: int = 0) -> tuple[Tensor, Tensor]:
     """Runs the kernel on at most ``torch.get_num_threads()`` threads of its own pool, the GIL released.
 
-    ``variant`` counts in `variants`. Raises ValueError if a page lies outside of the arena or a shape is wrong.
+    ``variant`` counts in `variants`. Raises ValueError if a page lies outside of the arena or a shape is wrong, and
+    UnsupportedError for calls that `refuses` would refuse for their format.
     """
     layout, native = _layout(call.fmt, call.dtype), _load()
     if isinstance(layout, str) or isinstance(native, str):
-        raise ValueError(f"the native kernel cannot take this call: {layout}")
+        raise UnsupportedError("the native kernel cannot take this call", [str(layout)])
     n, heads, group, dim = call.q.shape
     addr = call.addr.contiguous()
     pages = addr.shape[-1]
@@ -102,8 +99,8 @@ def attend(call: PagesCall, variant: int = 0) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=256)
-def _layout(fmt: PageFormat, dtype: torch.dtype) -> Layout | str:
-    """Where the regions of a page lie, as the extension wants to know it, or why it cannot read such pages."""
+def _layout(fmt: PageFormat, dtype: torch.dtype) -> object:
+    """Where the regions of a page lie, in an object of the extension; or, a str, why it cannot read such pages."""
     native = _load()
     if isinstance(native, str):
         return native
@@ -114,7 +111,8 @@ def _layout(fmt: PageFormat, dtype: torch.dtype) -> Layout | str:
             return f"does not know {dtype}"
     k = _side(fmt.k, dtype, fmt.k_codes_offset, fmt.k_meta_offset)
     v = _side(fmt.v, dtype, fmt.v_codes_offset, fmt.v_meta_offset)
-    return cast("Layout", native.make_layout(fmt.block_size, fmt.page_bytes, k, v))
+    layout: object = native.make_layout(fmt.block_size, fmt.page_bytes, k, v)
+    return layout
 
 
 def _side(fmt: VectorFormat, dtype: torch.dtype, codes: int, meta: int) -> tuple[int, int, int, int, int]:
