@@ -20,8 +20,9 @@ help: ## print this list
 
 venv: $(STAMP) ## make or refresh .venv (done by itself for every other verb)
 
-# torch goes first and by its exact release, so that no other package's range picks one.
-$(STAMP): pyproject.toml constraints.txt
+# torch goes first and by its exact release, so that no other package's range picks one. The native kernels are built by
+# the installation.
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"

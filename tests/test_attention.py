@@ -16,6 +16,7 @@ from kvfold.attention.prefill import attend_prefill
 from kvfold.attention.tables import Blocks, DecodeTables, GroupPages, SequencePages, past_spans
 from kvfold.codecs.pages import PageStore
 from kvfold.formats import PageFormat, VectorFormat
+from kvfold.kernels.catalog import full_registry
 from kvfold.kernels.dense import DenseCall, dense_registry
 from kvfold.kernels.reference import attend
 
@@ -81,7 +82,7 @@ def test_decode_agrees_with_the_reference(
     seen = []
     for bucket in tables.at(np.asarray(LENGTHS) - 1, len(LENGTHS)):
         rows = list(range(len(LENGTHS))) if bucket.rows is None else bucket.rows.tolist()
-        o, lse = with_sinks(attend_decode(q[rows], LAYER, bucket.pieces, call, dense_registry()), sinks)
+        o, lse = with_sinks(attend_decode(q[rows], LAYER, bucket.pieces, call, full_registry()), sinks)
         for at, row in enumerate(rows):
             want_o, want_lse = paged.reference(row, q[row : row + 1], LENGTHS[row] - 1, call)
             assert (o[at].float() - want_o[0]).abs().max() <= TOLERANCE[dtype]

@@ -69,7 +69,9 @@ class Recorder(dict):
         frame = sys._getframe(2)
         while frame and frame.f_globals.get("__name__", "") in ("os", "_collections_abc"):
             frame = frame.f_back
-        self.reads.append((frame.f_globals.get("__name__", "") if frame else "", key))
+        reader = frame.f_globals.get("__name__", "") if frame else ""
+        if not reader.startswith("_editable_"):  # the import hook of an editable installation reads its own switch
+            self.reads.append((reader, key))
 
     def __getitem__(self, key):
         self._note(key)

@@ -22,7 +22,7 @@ from kvfold.attention.tables import Blocks, DecodeBucket, DecodeTables, GroupPag
 from kvfold.codecs.pages import PageStore, copy_blocks, seal, unseal, zero_blocks
 from kvfold.errors import UnsupportedError
 from kvfold.geometry import Geometry, LayerGroup
-from kvfold.kernels.dense import dense_registry
+from kvfold.kernels.catalog import full_registry
 from kvfold.memory.manager import CacheManager, GroupSpec, Reservation
 from kvfold.recipe import Recipe
 
@@ -99,7 +99,7 @@ class PagedCache:
         self.dtype = dtype
         self.device = torch.device(device)
         self.groups: tuple[LayerGroup, ...] = geometry.groups(recipe, dtype.itemsize)
-        self.registry = dense_registry()
+        self.registry = full_registry()
         self._slots = geometry.layer_slot(recipe)
         specs = [_spec(group, window_margin) for group in self.groups]
         growable = kv_memory is None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
 from kvfold.attention.merge import Piece, merge
 from kvfold.attention.pieces import LayerCall, PagePiece
-from kvfold.kernels.dense import DenseCall
+from kvfold.kernels.pages import PagesCall
 from kvfold.kernels.registry import OpRegistry
 
 __all__ = ["attend_decode"]
@@ -20,17 +21,28 @@ def attend_decode(
     """Attention of ``q [n, Hq, D]`` (latent: ``[n, Hq, rank + rope]``) over the pages of ``pieces``.
 
     The query heads that share a KV head are packed into rows, so that keys are read once for the whole group and never
-    repeated. Only one piece of one layer is unpacked at a time. Returns ``o [n, Hq, Dv]`` and ``lse [n, Hq]``, sinks
-    not counted.
+    repeated. Which kernel walks the pages, ``registry`` decides; one that unpacks them unpacks a piece of a layer at a
+    time. Returns ``o [n, Hq, Dv]`` and ``lse [n, Hq]``, sinks not counted.
     """
     n, q_heads = q.shape[0], q.shape[1]
     results: list[Piece] = []
     for piece in pieces:
         kv_heads = piece.addr.shape[1]
         rows = piece.rotate_query(q, call.latent).reshape(n, kv_heads, q_heads // kv_heads, -1)
-        k, v = piece.read(layer_in_group, call.latent)
-        dense = DenseCall(q=rows, k=k, v=v, scale=call.scale, bias=piece.bias, softcap=call.softcap)
-        o, lse = registry.select("attend_dense", dense).run(dense)
+        pages = PagesCall(
+            q=rows,
+            arena=piece.store.arena,
+            addr=piece.addr,
+            shift=layer_in_group * piece.layer_bytes,
+            fmt=piece.store.fmt,
+            dtype=piece.store.dtype,
+            scale=call.scale,
+            read=partial(piece.read, layer_in_group, call.latent),
+            bias=piece.bias,
+            softcap=call.softcap,
+            latent=call.latent is not None,
+        )
+        o, lse = registry.select("attend_pages", pages).run(pages)
         o = piece.unrotate_output(o.reshape(n, q_heads, -1), call.latent)
         results.append((o, lse.reshape(n, q_heads)))
     return merge(results)

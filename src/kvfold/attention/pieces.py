@@ -55,8 +55,8 @@ class PagePiece:
     """Pages of one state for ``n`` sequences: ``addr [n, Hkv, P]`` holds their byte addresses in the group's first
     layer.
 
-    ``layer_bytes`` leads from a layer's page to the same page of the next layer. ``bias [n, 1, 1, P * S]`` (additive,
-    model dtype) hides what a sequence's query may not see; None when all of it is visible.
+    ``layer_bytes`` leads from a layer's page to the same page of the next layer. ``bias [n, P * S]`` (additive,
+    float32) hides what a sequence's query may not see; None when all of it is visible.
     """
 
     store: PageStore

@@ -16,6 +16,7 @@ from torch import Tensor
 from kvfold.attention.pieces import PagePiece
 from kvfold.attention.prefill import SPAN_PAGES, PastSpan
 from kvfold.codecs.pages import PageStore
+from kvfold.kernels.pages import HIDDEN
 
 __all__ = ["Blocks", "DecodeBucket", "DecodeTables", "GroupPages", "SequencePages", "past_spans"]
 
@@ -144,8 +145,8 @@ class DecodeTables:
                     if group.window is not None:
                         first = query - query % group.window if group.kind == "chunked" else query - group.window + 1
                         hidden |= part.pos < first
-                    bias = torch.zeros(hidden.shape, dtype=part.store.dtype, device=rows.device)
-                    bias = bias.masked_fill_(hidden, torch.finfo(part.store.dtype).min)[:, None, None]
+                    bias = torch.zeros(hidden.shape, dtype=torch.float32, device=rows.device)
+                    bias = bias.masked_fill_(hidden, HIDDEN)
                 pieces.append(PagePiece(part.store, part.addr, part.layer_bytes, bias))
             everything = self._in_order and rows.numel() == total_rows
             ready.append(DecodeBucket(rows=None if everything else rows, pieces=tuple(pieces)))
