@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from kvfold.attention.decode import attend_decode
-from kvfold.attention.merge import merge, with_sinks
 from kvfold.attention.pieces import LayerCall
 from kvfold.attention.prefill import attend_prefill
 from kvfold.attention.tables import Blocks, DecodeTables, GroupPages, SequencePages, past_spans
@@ -18,6 +17,7 @@ from kvfold.codecs.pages import PageStore
 from kvfold.formats import PageFormat, VectorFormat
 from kvfold.kernels.catalog import full_registry
 from kvfold.kernels.dense import DenseCall, dense_registry
+from kvfold.kernels.merge import merge, with_sinks
 from kvfold.kernels.reference import attend
 
 SIZE, HEADS, DIM, QUERIES, LAYERS, LAYER = 8, 2, 16, 6, 3, 2

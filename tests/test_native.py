@@ -62,8 +62,8 @@ class Paged:
             dtype=self.store.dtype, scale=self.q.shape[-1] ** -0.5, bias=self.bias, read=self.read,
         )  # fmt: skip
 
-    def read(self) -> tuple[Tensor, Tensor]:
-        addr = self.addr + self.shift
+    def read(self, pages: slice) -> tuple[Tensor, Tensor]:
+        addr = self.addr[..., pages] + self.shift
         return self.store.read_k(addr), self.store.read_v(addr)
 
     def truth(self, i: int) -> tuple[Tensor, Tensor]:

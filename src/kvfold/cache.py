@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from kvfold.attention.decode import attend_decode
-from kvfold.attention.merge import Piece, with_sinks
 from kvfold.attention.pieces import LayerCall
 from kvfold.attention.prefill import PastSpan, attend_prefill
 from kvfold.attention.tables import Blocks, DecodeBucket, DecodeTables, GroupPages, SequencePages, past_spans
@@ -23,6 +22,7 @@ from kvfold.codecs.pages import PageStore, copy_blocks, seal, unseal, zero_block
 from kvfold.errors import UnsupportedError
 from kvfold.geometry import Geometry, LayerGroup
 from kvfold.kernels.catalog import full_registry
+from kvfold.kernels.merge import Piece, with_sinks
 from kvfold.memory.manager import CacheManager, GroupSpec, Reservation
 from kvfold.recipe import Recipe
 

@@ -7,8 +7,8 @@ from functools import partial
 
 from torch import Tensor
 
-from kvfold.attention.merge import Piece, merge
 from kvfold.attention.pieces import LayerCall, PagePiece
+from kvfold.kernels.merge import Piece, merge
 from kvfold.kernels.pages import PagesCall
 from kvfold.kernels.registry import OpRegistry
 

@@ -64,13 +64,15 @@ class PagePiece:
     layer_bytes: int
     bias: Tensor | None = None
 
-    def read(self, layer_in_group: int, latent: LatentProjection | None) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[n, Hkv, P * S, D]`` in the pages' rotated basis.
+    def read(
+        self, layer_in_group: int, latent: LatentProjection | None, pages: slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[n, Hkv, P * S, D]`` of a range of the pages, in their rotated basis.
 
         Latent pages come as one wide key (latent ⊕ rotary part); the same tensor serves as value, its prefix being the
         latent.
         """
-        addr = self.addr + layer_in_group * self.layer_bytes
+        addr = self.addr[..., pages] + layer_in_group * self.layer_bytes
         k, v = self.store.read_k(addr), self.store.read_v(addr)
         if latent is not None:
             wide = torch.cat((k, v), dim=-1)

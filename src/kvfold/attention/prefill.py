@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvfold.attention.merge import Piece, merge
 from kvfold.attention.pieces import LayerCall, PagePiece, visible
 from kvfold.kernels.dense import DenseCall
+from kvfold.kernels.merge import Piece, merge
 from kvfold.kernels.registry import OpRegistry
 
 __all__ = ["QUERY_TILE", "SPAN_PAGES", "PastSpan", "attend_prefill"]

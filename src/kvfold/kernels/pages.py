@@ -10,9 +10,13 @@ from torch import Tensor
 
 from kvfold.formats import PageFormat
 from kvfold.kernels.dense import DenseCall
+from kvfold.kernels.merge import Piece, merge
 from kvfold.kernels.registry import OpRegistry
 
-__all__ = ["HIDDEN", "PagesCall", "unpack_with"]
+__all__ = ["HIDDEN", "UNPACK_BYTES", "PagesCall", "unpack_with"]
+
+UNPACK_BYTES = 64 << 20
+"""What the unpacking implementation holds of unpacked keys and values at a time."""
 
 HIDDEN = torch.finfo(torch.bfloat16).min
 """The bias of a token that must not be seen: finite in float32 and bfloat16."""
@@ -26,8 +30,8 @@ class PagesCall:
     are rows. ``arena``: uint8 ``[bytes]``. ``addr [n, Hkv, P]``, int64: byte offsets of pages, to each of which
     ``shift`` is added. ``fmt``: what lies in a page; raw numbers in it are of ``dtype``. ``bias [n, P * S]``, float32,
     is added to the scores; a token with a bias of ``HIDDEN`` is not seen. ``latent``: keys are wide, their prefix is
-    the value. ``read`` gathers the pages as dense keys and values ``[n, Hkv, P * S, D]`` of ``dtype``, for whoever
-    cannot walk them.
+    the value. ``read`` gathers a range of the pages as dense keys and values ``[n, Hkv, pages * S, D]`` of ``dtype``,
+    for whoever cannot walk them.
 
     The result is ``o [n, Hkv, G, Dv]``, in the dtype of ``q``, in the basis of the stored values, and ``lse
     [n, Hkv, G]``, float32.
@@ -40,24 +44,36 @@ class PagesCall:
     fmt: PageFormat
     dtype: torch.dtype
     scale: float
-    read: Callable[[], tuple[Tensor, Tensor]]
+    read: Callable[[slice], tuple[Tensor, Tensor]]
     bias: Tensor | None = None
     softcap: float | None = None
     latent: bool = False
 
 
 def unpack_with(registry: OpRegistry) -> Callable[[PagesCall], tuple[Tensor, Tensor]]:
-    """The implementation that gathers and unpacks the pages and hands them to ``attend_dense`` of ``registry``."""
+    """The implementation that gathers and unpacks the pages and hands them to ``attend_dense`` of ``registry``.
+
+    It unpacks at most ``UNPACK_BYTES`` at a time, whatever the context and the batch.
+    """
 
     def unpack(call: PagesCall) -> tuple[Tensor, Tensor]:
-        k, v = call.read()
-        bias = call.bias
-        if bias is not None:
-            # float16 ends long before HIDDEN, and a mask must stay finite.
-            least = torch.finfo(call.q.dtype).min
-            bias = (bias.clamp_min(least) if least > HIDDEN else bias).to(call.q.dtype)[:, None, None]
-        dense = DenseCall(q=call.q, k=k, v=v, scale=call.scale, bias=bias, softcap=call.softcap)
-        result: tuple[Tensor, Tensor] = registry.select("attend_dense", dense).run(dense)
-        return result
+        n, heads, pages = call.addr.shape
+        page = call.fmt.block_size * (call.fmt.k.dim + call.fmt.v.dim) * call.dtype.itemsize
+        span = max(1, UNPACK_BYTES // (n * heads * page))
+        return merge([_unpack_span(call, slice(a, min(a + span, pages)), registry) for a in range(0, pages, span)])
 
     return unpack
+
+
+def _unpack_span(call: PagesCall, pages: slice, registry: OpRegistry) -> Piece:
+    k, v = call.read(pages)
+    bias = call.bias
+    if bias is not None:
+        size = call.fmt.block_size
+        bias = bias[:, pages.start * size : pages.stop * size]
+        # float16 ends long before HIDDEN, and a mask must stay finite.
+        least = torch.finfo(call.q.dtype).min
+        bias = (bias.clamp_min(least) if least > HIDDEN else bias).to(call.q.dtype)[:, None, None]
+    dense = DenseCall(q=call.q, k=k, v=v, scale=call.scale, bias=bias, softcap=call.softcap)
+    result: Piece = registry.select("attend_dense", dense).run(dense)
+    return result
