@@ -123,14 +123,26 @@ KVFOLD_INLINE void unpack_codes(const uint8_t* row, float* __restrict out, int64
     }
 }
 
-KVFOLD_INLINE void unpack_row(Storage storage, const uint8_t* row, float* __restrict out, int64_t n) {
-    switch (storage) {
-        case Storage::f32: __builtin_memcpy(out, row, static_cast<size_t>(n) * 4); break;
-        case Storage::bf16: unpack_bf16(row, out, n); break;
-        case Storage::f16: unpack_f16(row, out, n); break;
-        case Storage::code8: unpack_codes<8>(row, out, n); break;
-        case Storage::code4: unpack_codes<4>(row, out, n / 2); break;
-        case Storage::code2: unpack_codes<2>(row, out, n / 4); break;
+template <Storage S>
+KVFOLD_INLINE void unpack_row(const uint8_t* row, float* __restrict out, int64_t n) {
+    if constexpr (S == Storage::f32) __builtin_memcpy(out, row, static_cast<size_t>(n) * 4);
+    if constexpr (S == Storage::bf16) unpack_bf16(row, out, n);
+    if constexpr (S == Storage::f16) unpack_f16(row, out, n);
+    if constexpr (S == Storage::code8) unpack_codes<8>(row, out, n);
+    if constexpr (S == Storage::code4) unpack_codes<4>(row, out, n / 2);
+    if constexpr (S == Storage::code2) unpack_codes<2>(row, out, n / 4);
+}
+
+// Rows `slot[0..count)` into `rows [count, stride]`. Meanwhile the same rows of the next page, `ahead` bytes from this
+// one, are fetched: pages lie anywhere, and the processor cannot guess where.
+template <Storage S>
+void unpack_rows(const Side& side, const uint8_t* codes, int64_t ahead, const int32_t* slot, int64_t count,
+                 float* __restrict rows, int64_t stride) {
+    const int64_t row_bytes = side.row_bytes, n = side.stored_dim;
+    for (int64_t t = 0; t < count; ++t) {
+        const uint8_t* row = codes + slot[t] * row_bytes;
+        for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(row + ahead + byte);
+        unpack_row<S>(row, rows + t * stride, n);
     }
 }
 
@@ -138,15 +150,22 @@ KVFOLD_INLINE bool is_code(Storage storage) { return static_cast<int>(storage) >
 
 // Rows `slot[0..count)` of one side into `rows [count, stride]`, and their scales and zeros. The padding behind a row
 // was cleared once and is never written, except by codes that fill up a byte; queries are zero there.
-void unpack_side(const Side& side, const uint8_t* page, const int32_t* slot, int64_t count, float* rows, int64_t stride,
-                 float* scales, float* zeros) {
+void unpack_side(const Side& side, const uint8_t* page, int64_t ahead, const int32_t* slot, int64_t count, float* rows,
+                 int64_t stride, float* scales, float* zeros) {
     const uint8_t* codes = page + side.codes_offset;
-    for (int64_t t = 0; t < count; ++t) {
-        unpack_row(side.storage, codes + slot[t] * side.row_bytes, rows + t * stride, side.stored_dim);
+    switch (side.storage) {
+        case Storage::f32: unpack_rows<Storage::f32>(side, codes, ahead, slot, count, rows, stride); break;
+        case Storage::bf16: unpack_rows<Storage::bf16>(side, codes, ahead, slot, count, rows, stride); break;
+        case Storage::f16: unpack_rows<Storage::f16>(side, codes, ahead, slot, count, rows, stride); break;
+        case Storage::code8: unpack_rows<Storage::code8>(side, codes, ahead, slot, count, rows, stride); break;
+        case Storage::code4: unpack_rows<Storage::code4>(side, codes, ahead, slot, count, rows, stride); break;
+        case Storage::code2: unpack_rows<Storage::code2>(side, codes, ahead, slot, count, rows, stride); break;
     }
     if (!is_code(side.storage)) return;
     alignas(64) uint32_t pairs[kTile] = {};  // of tokens that are not there: zero, so that they add nothing
     for (int64_t t = 0; t < count; ++t) __builtin_memcpy(pairs + t, page + side.meta_offset + 4 * slot[t], 4);
+    __builtin_prefetch(page + side.meta_offset + 4 * slot[0] + ahead);
+    __builtin_prefetch(page + side.meta_offset + 4 * slot[count - 1] + ahead);
     for (int64_t t = 0; t < kTile; t += kLanes) {
         const Words pair = *reinterpret_cast<const Words*>(pairs + t);
         store(scales + t, reinterpret_cast<Vec>(pair << 16));
@@ -419,16 +438,18 @@ void attend_span(const Call& call, int64_t unit, int64_t first, int64_t last, fl
     begin(call, unit, s);
     const int64_t sequence = unit / call.heads;
     int32_t slot[kTile];
+    const int64_t* pages = call.pages + unit * call.pages_per_seq;
     for (int64_t p = first; p < last; ++p) {
-        const uint8_t* page = call.arena + call.pages[unit * call.pages_per_seq + p] + call.shift;
+        const uint8_t* page = call.arena + pages[p] + call.shift;
+        const int64_t ahead = p + 1 < last ? pages[p + 1] - pages[p] : 0;
         const float* bias = nullptr;
         if (call.bias != nullptr) bias = call.bias + (sequence * call.pages_per_seq + p) * call.block_size;
         for (int64_t at = 0; at < call.block_size; at += kTile) {
             const int64_t width = call.block_size - at < kTile ? call.block_size - at : kTile;
             const int64_t count = choose(bias, at, width, slot, s.bias);
             if (count == 0) continue;
-            unpack_side(call.k, page, slot, count, s.key_rows, s.k_stride, s.key_scale, s.key_zero);
-            unpack_side(call.v, page, slot, count, s.value_rows, s.v_stride, s.value_scale, s.value_zero);
+            unpack_side(call.k, page, ahead, slot, count, s.key_rows, s.k_stride, s.key_scale, s.key_zero);
+            unpack_side(call.v, page, ahead, slot, count, s.value_rows, s.v_stride, s.value_scale, s.value_zero);
             dot_group(s.query, s.key_rows, s.k_stride, count, call.group, s.scores);
             for (int64_t g = 0; g < call.group; ++g) weigh(call, s, g, count, bias != nullptr);
             add_group(s.scores, s.value_rows, s.v_stride, count, call.group, s.decay, s.out);
