@@ -81,14 +81,14 @@ void merge_unit(const Job& job, int64_t unit) {
     }
 }
 
-int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
+int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
 }  // namespace
 
 size_t scratch_floats(const Call& call) {
-    constexpr int64_t tile = 32;
     const int64_t k = padded(call.k.stored_dim), v = padded(call.v.stored_dim);
-    return static_cast<size_t>((call.group + tile) * (k + v) + call.group * tile + 5 * padded(call.group) + 5 * tile);
+    return static_cast<size_t>((call.group + kTile) * (k + v) + call.group * kTile + 5 * padded(call.group) +
+                               5 * kTile);
 }
 
 const Variant* const* variants(size_t* count) {

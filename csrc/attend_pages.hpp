@@ -39,11 +39,17 @@ inline constexpr float kHidden = -1e30F;
 // What a row that sees nothing reports: finite, so that a merge weighs it with 0 and never makes NaN.
 inline constexpr float kNothing = -3.4028234663852886e38F;
 
+// Tokens unpacked at a time: keys and values of a tile stay in the processor's nearest caches.
+inline constexpr int64_t kTile = 32;
+
+// Rows in scratch are padded to multiples of this many floats, on every build.
+inline constexpr int64_t kPad = 16;
+
 // Attention of one (sequence, head) over its pages [first, last): out [group, v.dim], lse [group].
 using AttendSpan = void (*)(const Call&, int64_t unit, int64_t first, int64_t last, float* out, float* lse,
                             float* scratch);
 
-// One build of the kernel. `lanes` floats make a vector.
+// One build of the kernel.
 struct Variant {
     const char* name;
     AttendSpan attend_span;

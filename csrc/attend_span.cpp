@@ -13,8 +13,6 @@ namespace kvfold::KVFOLD_ISA {
 namespace {
 
 constexpr int kLanes = KVFOLD_LANES;
-constexpr int64_t kPad = 16;   // rows in scratch are multiples of this, on every build
-constexpr int64_t kTile = 32;  // tokens unpacked at a time: keys and values of a tile stay in the first-level cache
 
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * sizeof(float)), may_alias));

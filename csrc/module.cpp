@@ -66,8 +66,8 @@ Layout make_layout(int64_t block_size, int64_t page_bytes, const SideTuple& k, c
     return Layout{block_size, page_bytes, side_from(k, block_size, page_bytes), side_from(v, block_size, page_bytes)};
 }
 
-// Memory comes as the address of its first byte: reading it off a tensor takes a tenth of the time that any exchange
-// protocol does, and this is called for every layer of every step. The caller vouches for dtype, shape and layout.
+// Memory comes as the address of its first byte, which is the cheapest thing to read off a tensor: this is called for
+// every layer of every step. The caller vouches for dtype, shape and layout.
 template <typename T>
 T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
