@@ -6,11 +6,14 @@ import io
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from kvfold import cli
 from kvfold.cli import main
+from tests.engine.tiny_engine import byte_tokenizer, tiny_model
 
 
 class Done(NamedTuple):
@@ -32,6 +35,21 @@ def kvfold(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
     return run
 
 
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of things that cannot be used: a model without a chat template, one cut short, a text in Latin-1."""
+    folder = tmp_path_factory.mktemp("bad")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None
+    for name in ("no-template", "cut-short"):
+        tiny_model().save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    weights = folder / "cut-short" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    (folder / "latin-1.txt").write_bytes("Grüße".encode("latin-1"))
+    return folder
+
+
 def test_help_has_examples(kvfold: Callable[..., Done]) -> None:
     for verb in (["demo"], ["generate"], ["bench", "decode"]):
         done = kvfold(*verb, "--help")
@@ -47,6 +65,7 @@ def test_generate_streams_text_and_says_what_it_used(kvfold: Callable[..., Done]
     assert done.stdout.strip()
     assert "maximum concurrency" in done.stderr
     assert "bytes" in done.stderr
+    assert "Loading weights" not in done.stderr
 
 
 def test_generate_reads_stdin_and_writes_json(kvfold: Callable[..., Done]) -> None:
@@ -96,17 +115,50 @@ def test_bench_decode_has_a_rival_and_a_limit(kvfold: Callable[..., Done]) -> No
         (["generate", "x", "--temperature", "-1"], ["temperature"]),
         (["generate", "x", "--file", "no-such-file.txt"], ["hint"]),
         (["generate", "--file", "no-such-file.txt"], ["no such file"]),
+        (["generate", "--file", "{bad}/latin-1.txt"], ["latin-1.txt", "UTF-8", "hint"]),
+        (["generate", "x", "--max-tokens", "0"], ["max_tokens"]),
+        (["generate", "x", "--model", "{bad}/cut-short"], ["cut-short", "hint"]),
+        (["generate", "x", "--chat", "--model", "{bad}/no-template"], ["chat template", "hint"]),
+        (["generate", "x", "--json", "{bad}/no/result.json"], ["no folder", "hint"]),
+        (["demo", "--model", "{bad}/no-template"], ["chat template", "hint"]),
+        (["demo", "--json", "{bad}"], ["it is a folder", "hint"]),
+        (["demo", "--recipes", "raw;int5"], ["int5", "int4"]),
+        (["demo", "--tokens", "9000"], ["positions", "hint"]),
+        (["bench", "decode", "--recipes", "raw;int5"], ["int5", "int4"]),
+        (["bench", "decode", "--json", "{bad}/no/result.json"], ["no folder", "hint"]),
         (["bench", "decode", "--shape", "llama-9"], ["llama-9", "tiny"]),
         (["bench", "decode", "--shape", "tiny", "--vs", "vllm"], ["vllm", "transformers"]),
     ],
 )
-def test_bad_input_is_one_clear_error(kvfold: Callable[..., Done], arguments: list[str], says: list[str]) -> None:
-    done = kvfold(*arguments)
+def test_bad_input_is_one_clear_error(
+    kvfold: Callable[..., Done], bad: Path, arguments: list[str], says: list[str]
+) -> None:
+    done = kvfold(*(argument.replace("{bad}", str(bad)) for argument in arguments))
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
     for word in says:
         assert word in done.stderr
+
+
+def test_an_interrupt_ends_without_a_traceback(kvfold: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_prompt", interrupted)
+    done = kvfold("generate", "x")
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("rivals", [[], ["--vs", "transformers"]])
+def test_the_gate_runs_with_and_without_a_rival(
+    kvfold: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, rivals: list[str]
+) -> None:
+    monkeypatch.setattr("kvfold.bench.decode._GATE", -1.0)
+    done = kvfold("bench", "decode", "--shape", "tiny", "--context", "40", "--steps", "1", *rivals)
+    assert done.returncode == 2
+    assert "correctness gate" in done.stderr
 
 
 @pytest.mark.slow

@@ -186,3 +186,88 @@ def test_a_changed_mask_or_batch_is_refused(llama: PreTrainedModel) -> None:
         llama(inputs["input_ids"][:, :1], attention_mask=mask, past_key_values=cache)
     with pytest.raises(UnsupportedError, match="batch"):
         llama(inputs["input_ids"][:1, :1], past_key_values=cache)
+
+
+def test_an_error_in_a_forward_leaves_model_and_cache_as_they_were(llama: PreTrainedModel) -> None:
+    cache, inputs = KVCache(llama), prompt(1, 40)
+    llama(**inputs, past_key_values=cache)
+    before = cache.kv_bytes
+    for error in (RuntimeError, KeyboardInterrupt):
+
+        def fail(*_: object, error: type[BaseException] = error) -> None:
+            raise error
+
+        hook = llama.lm_head.register_forward_pre_hook(fail)
+        with pytest.raises(error):
+            llama(inputs["input_ids"][:, :9], past_key_values=cache)
+        hook.remove()
+        wanted = llama(**prompt(1, 5)).logits  # a forward without a cache
+        assert torch.isfinite(wanted).all()
+        assert llama.config._attn_implementation == "sdpa"
+        assert (cache.kv_bytes, cache.get_seq_length()) == (before, 40)
+    longer = torch.cat((inputs["input_ids"], prompt(1, 9, seed=5)["input_ids"]), dim=1)
+    found = llama(longer[:, 40:], past_key_values=cache).logits
+    assert torch.allclose(found, llama(longer).logits[:, 40:], atol=1e-4)
+
+
+def test_a_failed_seal_leaves_the_cache_as_it_was(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, inputs = KVCache(llama, "int4,recent=0"), prompt(1, 100)
+    llama(**inputs, past_key_values=cache)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kvfold.cache.seal", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            llama(prompt(1, 40)["input_ids"], past_key_values=cache)
+    assert cache.get_seq_length() == 100
+    llama(prompt(1, 40)["input_ids"], past_key_values=cache)
+    cache._pages.manager.check()
+    assert cache.get_seq_length() == 140
+
+
+def test_a_mask_counts_wherever_it_stands_in_the_call(llama: PreTrainedModel) -> None:
+    inputs = padded([5, 12])
+    wanted = llama(**inputs, past_key_values=KVCache(llama)).logits[:, -1]
+    found = llama(inputs["input_ids"], inputs["attention_mask"], past_key_values=KVCache(llama)).logits[:, -1]
+    assert torch.equal(wanted, found)
+
+
+def test_turns_in_and_out_of_inference_mode(llama: PreTrainedModel) -> None:
+    cache, inputs = KVCache(llama), prompt(1, 300)
+    with torch.inference_mode():
+        llama(**inputs, past_key_values=cache)
+    with torch.no_grad():
+        llama(prompt(1, 90)["input_ids"], past_key_values=cache)
+    assert cache.get_seq_length() == 390
+    assert cache.allocated_bytes >= cache.kv_bytes - 8 * 390
+
+
+def test_another_batch_size_may_follow_a_first_forward_that_failed(llama: PreTrainedModel) -> None:
+    cache = KVCache(llama, kv_memory="256KiB")
+    with pytest.raises(CacheFullError):
+        llama(**prompt(4, 400), past_key_values=cache)
+    llama(**prompt(1, 40), past_key_values=cache)
+    assert cache.batch_size == 1
+
+
+def test_the_smallest_blocks_work(llama: PreTrainedModel) -> None:
+    options = {"max_new_tokens": 6, "do_sample": False}
+    found = llama.generate(**prompt(2, 9), **options, past_key_values=KVCache(llama, "int8,block=1,sinks=0,recent=0"))
+    assert found.shape == (2, 15)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt_oss"])
+def test_rollback_reaches_behind_a_window(name: str) -> None:
+    model, inputs = make(name), prompt(1, 20)
+    inputs["input_ids"] = inputs["input_ids"].repeat(1, 12)  # repetition makes drafts, and many of them are wrong
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    options = {"max_new_tokens": 60, "prompt_lookup_num_tokens": 8}
+    wanted = model.generate(**inputs, **options)
+    cache = KVCache(model)
+    assert torch.equal(wanted, model.generate(**inputs, **options, past_key_values=cache))
+    used = KVCache(model)
+    model.generate(**inputs, max_new_tokens=2, past_key_values=used)
+    with pytest.raises(UnsupportedError, match="rolling back"):
+        used.activate_past_recording()

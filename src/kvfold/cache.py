@@ -17,7 +17,16 @@ from torch import Tensor
 from kvfold.attention.decode import attend_decode
 from kvfold.attention.pieces import LayerCall
 from kvfold.attention.prefill import PastSpan, attend_prefill
-from kvfold.attention.tables import Blocks, DecodeBucket, DecodeTables, GroupPages, SequencePages, past_spans
+from kvfold.attention.tables import (
+    Blocks,
+    DecodeBucket,
+    DecodeTables,
+    GroupPages,
+    RowWrite,
+    SequencePages,
+    past_spans,
+    place_rows,
+)
 from kvfold.codecs.pages import PageStore, copy_blocks, seal, unseal, zero_blocks
 from kvfold.errors import UnsupportedError
 from kvfold.geometry import Geometry, LayerGroup
@@ -26,7 +35,7 @@ from kvfold.kernels.merge import Piece, with_sinks
 from kvfold.memory.manager import CacheManager, GroupSpec, Reservation
 from kvfold.recipe import Recipe
 
-__all__ = ["PagedCache", "SequenceWork", "Step"]
+__all__ = ["PagedCache", "SequenceWork", "Step", "group_spec"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +51,6 @@ _DecodeKey = tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class _Write:
-    """Where new tokens go in one store: ``addr [N, Hkv]`` pages in the group's first layer, ``slot [N, Hkv]``, and
-    which ``rows [N]`` of the step's tokens they are (None: all, in order).
-    """
-
-    store: PageStore
-    addr: Tensor
-    slot: Tensor
-    rows: Tensor | None
-    layer_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class _Prefill:
     """One sequence with several new tokens: rows ``[first, end)`` of the step, at positions ``start ...``."""
 
@@ -66,7 +62,7 @@ class _Prefill:
 
 @dataclass(frozen=True, slots=True)
 class _GroupStep:
-    writes: list[_Write]
+    writes: list[RowWrite]
     decode: tuple[DecodeBucket, ...]
     prefill: list[_Prefill]
 
@@ -101,7 +97,7 @@ class PagedCache:
         self.groups: tuple[LayerGroup, ...] = geometry.groups(recipe, dtype.itemsize)
         self.registry = full_registry()
         self._slots = geometry.layer_slot(recipe)
-        specs = [_spec(group, window_margin) for group in self.groups]
+        specs = [group_spec(group, window_margin) for group in self.groups]
         growable = kv_memory is None
         first = 8 * sum(spec.raw_block_bytes + spec.packed_block_bytes for spec in specs)
         self.manager = CacheManager(
@@ -112,9 +108,10 @@ class PagedCache:
             fingerprint=fingerprint + recipe.fingerprint(),
             prefix_caching=prefix_caching,
         )
-        self._arena = torch.zeros(self.manager.arena.total_bytes, dtype=torch.uint8, device=self.device)
-        self._generation = self.manager.arena.generation
-        self._pages = [_group_pages(group, self._arena, dtype) for group in self.groups]
+        with torch.inference_mode(False):
+            self._arena = torch.zeros(self.manager.arena.total_bytes, dtype=torch.uint8, device=self.device)
+            self._generation = self.manager.arena.generation
+            self._pages = [_group_pages(group, self._arena, dtype) for group in self.groups]
         self._decode_tables: list[tuple[_DecodeKey, DecodeTables] | None] = [None] * len(self.groups)
 
     def create(self) -> int:
@@ -150,9 +147,17 @@ class PagedCache:
     def begin(self, work: Sequence[SequenceWork]) -> Step:
         """Reserves room for the new tokens of ``work`` (all or nothing: CacheFullError leaves the cache as it was)."""
         reservations = self.manager.reserve_many([(item.seq, item.count) for item in work])
-        self._follow_growth()
-        self._prepare_blocks(reservations)
-        return Step(self, reservations, [self._group_step(g, reservations) for g in range(len(self.groups))])
+        try:
+            self._follow_growth()
+            self._prepare_blocks(reservations)
+            return Step(self, reservations, [self._group_step(g, reservations) for g in range(len(self.groups))])
+        except BaseException:
+            self._roll_back(reservations)
+            raise
+
+    def bytes_allocated(self) -> int:
+        """Bytes of the arena: the budget, or what a growing cache has grown to."""
+        return self._arena.numel()
 
     def bytes_in_use(self) -> int:
         """Bytes of all referenced blocks (slack, scales, raw tails counted) and of the block tables."""
@@ -165,32 +170,38 @@ class PagedCache:
         has passed.
 
         ``tokens`` (the new token ids of each sequence, in order) lets full blocks be found again by other sequences
-        that start the same way under the same salt.
+        that start the same way under the same salt. Whatever can fail comes before the books change: after an error,
+        :meth:`abandon` still undoes the step.
         """
-        raw_ids: dict[int, list[int]] = {}
-        packed_ids: dict[int, list[int]] = {}
-        seals = []
-        for i, reservation in enumerate(step.reservations):
-            done = self.manager.commit(
+        self._encode(step.reservations)
+        seals = [
+            self.manager.commit(
                 reservation, tokens[i] if tokens is not None else None, salts[i] if salts is not None else None
             )
-            seals.append(done)
-            for job in done:
-                if job.encode:
-                    raw_ids.setdefault(job.group, []).append(job.raw_id)
-                    packed_ids.setdefault(job.group, []).append(job.packed_id)
-        for g, ids in raw_ids.items():
-            pages = self._pages[g]
-            if pages.packed is not None:
-                raw = self._pages_of(g, pages.raw, "raw", ids)
-                seal(pages.raw, raw, pages.packed, self._pages_of(g, pages.packed, "packed", packed_ids[g]))
+            for i, reservation in enumerate(step.reservations)
+        ]
         for done in seals:
             self.manager.finish_seals(done)
 
     def abandon(self, step: Step) -> None:
         """Drops a step: every block it reserved goes back."""
-        for reservation in reversed(step.reservations):
+        self._roll_back(step.reservations)
+
+    def _roll_back(self, reservations: Sequence[Reservation]) -> None:
+        for reservation in reversed(reservations):
             self.manager.rollback(reservation)
+
+    def _encode(self, reservations: Sequence[Reservation]) -> None:
+        """Fills the packed blocks of everything that the commit of ``reservations`` seals."""
+        raw_of: list[dict[int, int]] = [{} for _ in self.groups]
+        for reservation in reservations:
+            for job in self.manager.coming_seals(reservation):
+                raw_of[job.group][job.packed_id] = job.raw_id
+        for g, jobs in enumerate(raw_of):
+            pages = self._pages[g]
+            if jobs and pages.packed is not None:
+                raw = self._pages_of(g, pages.raw, "raw", list(jobs.values()))
+                seal(pages.raw, raw, pages.packed, self._pages_of(g, pages.packed, "packed", list(jobs)))
 
     def slot(self, layer: int) -> tuple[int, int]:
         """(group, layer within the group) whose pages a layer reads."""
@@ -201,13 +212,14 @@ class PagedCache:
         arena = self.manager.arena
         if arena.generation == self._generation:
             return
-        larger = torch.zeros(arena.total_bytes, dtype=torch.uint8, device=self.device)
-        larger[: self._arena.numel()] = self._arena
-        self._arena, self._generation = larger, arena.generation
-        for pages in self._pages:
-            pages.raw.rebind(larger)
-            if pages.packed is not None:
-                pages.packed.rebind(larger)
+        with torch.inference_mode(False):  # an arena made inside of it could not be written outside
+            larger = torch.zeros(arena.total_bytes, dtype=torch.uint8, device=self.device)
+            larger[: self._arena.numel()] = self._arena
+            self._arena, self._generation = larger, arena.generation
+            for pages in self._pages:
+                pages.raw.rebind(larger)
+                if pages.packed is not None:
+                    pages.packed.rebind(larger)
         self._decode_tables = [None] * len(self.groups)
 
     def _pages_of(self, g: int, store: PageStore, state: str, ids: Sequence[int]) -> Tensor:
@@ -274,9 +286,11 @@ class PagedCache:
                 self._decode_tables[g] = cached
             positions = np.asarray([reservations[i].start for i in decoding])
             buckets = cached[1].at(positions, first)
+        else:
+            self._decode_tables[g] = None
         return _GroupStep(self._writes(g, reservations, first), buckets, prefill)
 
-    def _writes(self, g: int, reservations: Sequence[Reservation], total: int) -> list[_Write]:
+    def _writes(self, g: int, reservations: Sequence[Reservation], total: int) -> list[RowWrite]:
         """Where each new token of the step goes in this group; tokens that a window has already passed go nowhere."""
         pages = self._pages[g]
         writes = []
@@ -298,21 +312,8 @@ class PagedCache:
                 row += r.new_tokens
             if not ids:
                 continue
-            count = np.asarray(counts)
-            within = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
-            offset = np.repeat(self.manager.pool(g, state).offset(np.asarray(ids, np.int64)), count)
-            slot = torch.from_numpy(np.repeat(np.asarray(slots), count) + within).to(self.device)
-            rows = np.repeat(np.asarray(firsts), count) + within
-            in_order = rows.size == total and bool((rows == np.arange(total)).all())
-            writes.append(
-                _Write(
-                    store=store,
-                    addr=pages.addresses(store, offset[:, None])[..., 0],
-                    slot=slot[:, None].expand(-1, pages.kv_heads),
-                    rows=None if in_order else torch.from_numpy(rows).to(self.device),
-                    layer_bytes=pages.layer_bytes(store),
-                )
-            )
+            offset = self.manager.pool(g, state).offset(np.asarray(ids, np.int64))
+            writes.append(place_rows(pages, store, offset, np.asarray([counts, slots, firsts]), total))
         return writes
 
 
@@ -328,11 +329,7 @@ class Step:
         """Stores a layer's new keys and values, ``k [N, Hkv, Dk]`` and ``v [N, Hkv, Dv]``."""
         g, index = self.cache.slot(layer)
         for write in self._groups[g].writes:
-            keys, values = (
-                (k, v) if write.rows is None else (k.index_select(0, write.rows), v.index_select(0, write.rows))
-            )
-            addr = (write.addr + index * write.layer_bytes).reshape(-1)
-            write.store.write_rows(addr, write.slot.reshape(-1), keys.flatten(0, 1), values.flatten(0, 1))
+            write(index, k, v)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
         """A layer's attention: ``q [N, Hq, D]`` over the pages and the fresh ``k, v [N, H, D]``; ``[N, Hq, Dv]``.
@@ -364,7 +361,8 @@ def _finish(piece: Piece, call: LayerCall) -> Tensor:
     return (piece if call.sinks is None else with_sinks(piece, call.sinks))[0]
 
 
-def _spec(group: LayerGroup, margin: int) -> GroupSpec:
+def group_spec(group: LayerGroup, margin: int = 0) -> GroupSpec:
+    """What the books are told of a layer group. ``margin``: tokens to keep behind its window."""
     return GroupSpec(
         name=group.name,
         raw_block_bytes=group.raw_block_bytes,

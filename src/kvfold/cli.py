@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 
 from kvfold import __version__
 from kvfold.errors import KVFoldError, RequestError
+from kvfold.recipe import Recipe
 from kvfold.telemetry import Settings
 
 __all__ = ["app", "main"]
@@ -31,8 +32,18 @@ app = typer.Typer(
 bench_app = typer.Typer(help="Speed, as a ratio against a named rival in the same run.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
+
+def _json_target(file: str | None) -> str | None:
+    """Refuses a file that could not be written, before the work that is to be written there."""
+    if file is not None and file != "-" and (Path(file).is_dir() or not Path(file).parent.is_dir()):
+        why = "it is a folder" if Path(file).is_dir() else f"there is no folder {Path(file).parent}"
+        raise RequestError(f"--json {file}", why=why, hint="name a file in a folder that exists, or '-' for stdout")
+    return file
+
+
 JsonOption = Annotated[
-    str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; '-' for stdout.")
+    str | None,
+    typer.Option("--json", metavar="FILE", callback=_json_target, help="Write the result as JSON; '-' for stdout."),
 ]
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="'bundled', a directory, or a hub id.")]
 
@@ -50,14 +61,19 @@ def _global(
     ] = False,
 ) -> None:
     import torch
+    from transformers.utils import logging as transformers_logging
 
     settings = Settings.from_env()
     logging.basicConfig(level=settings.log.upper(), format="%(message)s", stream=sys.stderr, force=True)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
 
 
-@app.command(epilog="Examples:  kvfold demo   |   kvfold demo --recipes raw,int4 --json -   |   kvfold demo --answers")
+@app.command(
+    epilog="Examples:  kvfold demo   |   kvfold demo --recipes 'raw;int4' --json -   |   kvfold demo --answers"
+)
 def demo(
     recipes: Annotated[str | None, typer.Option(help="Recipes to compare, separated by ';'.")] = None,
     model: ModelOption = "bundled",
@@ -73,7 +89,7 @@ def demo(
     from kvfold.quality.demo import DEMO_RECIPES, run_demo
     from kvfold.report import demo_report
 
-    chosen = [text.strip() for text in recipes.split(";")] if recipes else list(DEMO_RECIPES)
+    chosen = _recipes(recipes) if recipes else list(DEMO_RECIPES)
     loaded, tokenizer = load(model)
     with _progress(2 * len({"raw", *chosen})) as say:
         document, rows = run_demo(loaded, tokenizer, recipes=chosen, target_tokens=tokens, seed=seed, say=say)
@@ -139,7 +155,7 @@ def generate(
 @bench_app.command(
     "decode",
     epilog="Examples:  kvfold bench decode --context 4096 --batch 4 --vs transformers   |   "
-    "kvfold bench decode --shape tiny --context 32768 --recipes raw;int4 --json -",
+    "kvfold bench decode --shape tiny --context 32768 --recipes 'raw;int4' --json -",
 )
 def bench_decode_command(
     shape: Annotated[str | None, typer.Option(help="A named shape with random weights, e.g. llama-3.2-1b.")] = None,
@@ -169,6 +185,7 @@ def bench_decode_command(
         raise RequestError("--shape and --model", why="one of them names the model", hint="give only one")
     if dtype not in ("bfloat16", "float16", "float32"):
         raise RequestError(f"unknown dtype {dtype!r}", hint="known: bfloat16, float16, float32")
+    chosen = _recipes(recipes)
     with _progress(steps + 1) as say:
         if shape is not None:
             loaded = random_model(shape, dtype=getattr(torch, dtype), max_positions=context + steps + 2, seed=seed)
@@ -176,7 +193,7 @@ def bench_decode_command(
             loaded, _ = load(model or "bundled")
         rows = bench_decode(
             loaded,
-            recipes=[text.strip() for text in recipes.split(";")],
+            recipes=chosen,
             context=context,
             batch=batch,
             steps=steps,
@@ -196,13 +213,24 @@ def bench_decode_command(
     )
 
 
+def _recipes(text: str) -> list[str]:
+    """The recipes of an option, each of them legal; found out before a model is loaded."""
+    recipes = [part.strip() for part in text.split(";")]
+    for recipe in recipes:
+        Recipe.parse(recipe)
+    return recipes
+
+
 def _prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None and prompt != "-" and file is not None:
         raise RequestError("a prompt and --file", why="one of them is the prompt", hint="give only one")
     if file is not None:
         if not file.is_file():
             raise RequestError(f"prompt file {file}", why="no such file")
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise RequestError(f"prompt file {file}", why="it is not UTF-8", hint="give a plain text file") from error
     if prompt is not None and prompt != "-":
         return prompt
     if sys.stdin.isatty():
@@ -234,9 +262,11 @@ def _write_json(file: str | None, data: Any) -> None:
 
 
 def main() -> None:
-    """Entry point: our own errors end with exit code 2 and one clear message."""
+    """Entry point: our own errors end with exit code 2 and one clear message, Ctrl-C with 130."""
     try:
         app()
     except KVFoldError as error:
         print(f"kvfold: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

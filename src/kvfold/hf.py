@@ -8,6 +8,7 @@ it was before.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,8 @@ class KVCache(Cache):
 
     def open_step(self, batch: int, count: int, attention_mask: Tensor | None) -> ModelStep:
         """Reserves room for ``count`` new positions in each of ``batch`` rows; masked positions (padding) take none."""
+        if not self._seen.shape[1] and batch != len(self._sequences):
+            self.reset()  # nothing has been stored yet, whatever an earlier forward that failed had begun
         if not self._sequences:
             self._sequences = [self._pages.create() for _ in range(batch)]
             self._seen = np.zeros((batch, 0), dtype=bool)
@@ -90,9 +93,13 @@ class KVCache(Cache):
         step, self._model_step = self._model_step.step, None
         if failed:
             self._pages.abandon(step)
-        else:
+            return
+        try:
             self._pages.commit(step)
-            self._seen = np.concatenate((self._seen, self._pending), axis=1)
+        except BaseException:
+            self._pages.abandon(step)
+            raise
+        self._seen = np.concatenate((self._seen, self._pending), axis=1)
 
     def _real_tokens(self, batch: int, count: int, mask: Tensor | None) -> np.ndarray:
         """bool ``[B, count]``: which new positions are tokens. The mask must agree with what earlier steps said."""
@@ -157,6 +164,8 @@ class KVCache(Cache):
         """Forgets everything; the memory goes back."""
         for seq in self._sequences:
             self._pages.free(seq)
+        if self._recording:
+            self._pages = self._new_pages(self._pages.dtype, self._pages.device)
         self._sequences = []
         self._seen = np.zeros((0, 0), dtype=bool)
 
@@ -184,20 +193,28 @@ class KVCache(Cache):
             raise ValueError(f"crop takes a negative count of positions to remove, got {tokens_to_remove}")
         if tokens_to_remove == 0:
             return
-        kept = max(0, self._seen.shape[1] + tokens_to_remove)
-        self._seen = self._seen[:, :kept]
-        for seq, length in zip(self._sequences, self._seen.sum(1), strict=True):
+        seen = self._seen[:, : max(0, self._seen.shape[1] + tokens_to_remove)]
+        for seq, length in zip(self._sequences, seen.sum(1), strict=True):
             self._pages.truncate(seq, int(length))
+        self._seen = seen
 
     def activate_past_recording(self) -> None:
-        """Told before decoding that will roll back: sliding layers keep some tokens behind their window from here
-        on.
+        """Told before decoding that will roll back: sliding layers keep some tokens behind their window from here on.
+
+        Raises UnsupportedError if a window has passed tokens already, in turns that were not to be rolled back.
         """
         if self._recording:
             return
+        if any(layer.window for layer in self.geometry.layers):
+            if self._seen.shape[1]:
+                raise UnsupportedError(
+                    "rolling back on a cache in use",
+                    why="its sliding layers have released what their window has passed",
+                    hint="use a new KVCache, or announce it first: cache.activate_past_recording()",
+                )
+            self._recording = True
+            self.reset()
         self._recording = True
-        if not self._sequences and any(layer.window for layer in self.geometry.layers):
-            self._pages = self._new_pages(self._pages.dtype, self._pages.device)
 
     def is_recording_past(self, layer_idx: int) -> bool:
         """Whether rollback was announced."""
@@ -209,6 +226,11 @@ class KVCache(Cache):
     def kv_bytes(self) -> int:
         """Bytes of all blocks in use: scales, raw tails, slack and tables counted."""
         return self._pages.bytes_in_use()
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of the memory that the cache holds: the budget, or what it has grown to (by doubling) so far."""
+        return self._pages.bytes_allocated()
 
     @property
     def batch_size(self) -> int:
@@ -259,6 +281,7 @@ class _Hooks:
         self._switch = AttentionSwitch(model)
         self._open: list[KVCache] = []
         self._checked = False
+        self._signature = inspect.signature(model.forward)
         model.register_forward_pre_hook(self.before, with_kwargs=True)
         model.register_forward_hook(self.after, with_kwargs=True, always_call=True)
 
@@ -279,16 +302,17 @@ class _Hooks:
 
     def before(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Opens a step if the forward carries a KVCache."""
-        cache = kwargs.get("past_key_values")
+        while self._open:  # an interrupt (Ctrl-C) skips every hook: what it left open is undone here
+            self._switch.leave()
+            self._open.pop().close_step(failed=True)
+        given = self._signature.bind_partial(*args, **kwargs).arguments
+        cache = given.get("past_key_values")
         if not isinstance(cache, KVCache):
             return None
-        inputs = next(
-            (x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if isinstance(x, Tensor)),
-            None,
-        )
+        inputs = next((x for x in map(given.get, ("input_ids", "inputs_embeds")) if isinstance(x, Tensor)), None)
         if inputs is None:
             raise ModelError("a forward without input_ids or inputs_embeds")
-        step = cache.open_step(inputs.shape[0], inputs.shape[1], kwargs.get("attention_mask"))
+        step = cache.open_step(inputs.shape[0], inputs.shape[1], given.get("attention_mask"))
         kwargs[STEP_KEYWORD] = step
         self._switch.enter(step)
         self._open.append(cache)
@@ -296,6 +320,6 @@ class _Hooks:
 
     def after(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Closes the step that :meth:`before` opened. ``output`` is None when the forward raised."""
-        if self._open and kwargs.get("past_key_values") is self._open[-1]:
+        if self._open and STEP_KEYWORD in kwargs:
             self._switch.leave()
             self._open.pop().close_step(failed=output is None)

@@ -33,7 +33,7 @@ class PackedModel:
     ``attended``: the layers that have attended on pages so far.
     """
 
-    def __init__(self, model: PreTrainedModel, geometry: Geometry) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.switch = AttentionSwitch(model)
         self.attended: set[int] = set()
@@ -79,7 +79,7 @@ def check_model(model: PreTrainedModel, geometry: Geometry) -> None:
     prompts = [torch.randint(0, geometry.vocab, (n,), generator=generator).to(model.device) for n in _CHECK_LENGTHS]
     training = model.training
     model.eval()
-    packed = PackedModel(model, geometry)
+    packed = PackedModel(model)
     try:
         wanted = [_stock_logits(model, prompt) for prompt in prompts]
         found = _packed_logits(packed, geometry, prompts)

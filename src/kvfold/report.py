@@ -67,8 +67,8 @@ def bench_report(console: Console, rows: Sequence[DecodeRow]) -> None:
     if not rows:
         return
     title = f"Decode, {rows[0].batch} x {rows[0].context:,} tokens"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for heading in ("", "ms / step", "tok/s", "KV bytes", "smaller", "of limit", "vs rival", "KL"):
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for heading in ("", "ms/step", "tok/s", "KV bytes", "smaller", "of limit", "vs", "KL"):
         table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
     for row in rows:
         table.add_row(

@@ -1,7 +1,7 @@
 """Counters, a clock, and the one place where the environment is read.
 
 Nothing here is global: a `Settings` is made by whoever stands at the top (the command line, the server) and handed
-down; a `StepStats` is a plain value that is added up by whoever wants the sum.
+down; a `StepStats` belongs to the engine that counts in it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from kvfold.errors import KVFoldError
@@ -19,9 +19,9 @@ __all__ = ["LogLevel", "Settings", "StepStats", "Stopwatch"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class StepStats:
-    """What one engine step did, or, added up, what many did. All counts; ``seconds`` is wall time."""
+    """What the steps of an engine have done so far. All counts; ``seconds`` is wall time."""
 
     steps: int = 0
     """Forward passes of the model."""
@@ -35,8 +35,6 @@ class StepStats:
     """Requests that ended, for whatever reason."""
     preemptions: int = 0
     """Requests that gave their blocks back and had to wait."""
-    sealed_blocks: int = 0
-    """Blocks turned from raw to packed."""
     seconds: float = 0.0
     """Wall time."""
 
@@ -50,31 +48,20 @@ class StepStats:
         """Tokens through the model per second of wall time; 0 when no time passed."""
         return self.tokens / self.seconds if self.seconds > 0 else 0.0
 
-    def __add__(self, other: StepStats) -> StepStats:
-        if not isinstance(other, StepStats):
-            return NotImplemented
-        return StepStats(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
-
 
 class Stopwatch:
-    """Wall time in seconds, from its making or its last `lap`. The clock can be given, so that tests need not wait."""
+    """Wall time in seconds since its making. The clock can be given, so that tests need not wait."""
 
-    __slots__ = ("_began", "_clock", "_lap")
+    __slots__ = ("_began", "_clock")
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._began = self._lap = clock()
+        self._began = clock()
 
     @property
     def seconds(self) -> float:
         """Seconds since the stopwatch was made."""
         return self._clock() - self._began
-
-    def lap(self) -> float:
-        """Seconds since the last lap (or the making), and a new lap begins."""
-        now = self._clock()
-        passed, self._lap = now - self._lap, now
-        return passed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -165,7 +165,7 @@ def packed_logits(
     """Logits ``[n, V]`` of every token, from packed forwards of ``schedule[step][sequence]`` new tokens each."""
     recipe = Recipe(block_size=block_size)
     cache = PagedCache(geometry, recipe, dtype=torch.float32, prefix_caching=False)
-    packed = PackedModel(model, geometry)
+    packed = PackedModel(model)
     sequences = [cache.create() for _ in tokens]
     parts: list[list[Tensor]] = [[] for _ in tokens]
     done = [0] * len(tokens)

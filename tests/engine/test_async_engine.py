@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -75,6 +76,33 @@ def test_a_cancelled_task_aborts_its_request(model: Any) -> None:
         with pytest.raises(asyncio.CancelledError):
             await other
         assert not engine.engine.has_unfinished()
+
+    serve(model, test)
+
+
+def test_the_id_of_a_cancelled_request_is_taken_until_it_is_gone(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(engine: AsyncEngine) -> None:
+        task = asyncio.create_task(engine.complete([5, 6], ENDLESS, request_id="x"))
+        while not engine.engine._core.requests:
+            await asyncio.sleep(0.001)
+        step = engine.engine.step
+        monkeypatch.setattr(engine.engine, "step", lambda: (time.sleep(0.05), step())[1])
+        await asyncio.sleep(0.06)  # the worker is in a slow step, for which the abort has to wait
+        task.cancel()
+        for _ in range(3):
+            await asyncio.sleep(0)
+        with pytest.raises(RequestError, match="under way"):
+            await engine.complete([7, 8], request_id="x")
+        output = None
+        while output is None:
+            try:
+                output = await engine.complete([7, 8], SamplingParams(max_tokens=9), request_id="x")
+            except RequestError:
+                await asyncio.sleep(0)
+        assert output.token_ids == expected(model, [7, 8], 9)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not engine._inboxes
 
     serve(model, test)
 
@@ -161,6 +189,7 @@ def test_closing_ends_the_waiting_and_refuses_newcomers(model: Any) -> None:
             await task
         with pytest.raises(RequestError, match="closed"):
             await engine.complete([5])
+        assert await engine.abort("mine") is None
         await engine.close()
 
     serve(model, test)

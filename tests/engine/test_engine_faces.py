@@ -108,8 +108,7 @@ def test_it_says_what_it_holds_and_what_it_did(model: Any, caplog: pytest.LogCap
 
 def test_a_default_budget_holds_what_can_run_and_closing_ends_everything(model: Any) -> None:
     engine = Engine(model, max_sequences=2, recipe="int8", check=False)
-    cached = engine._runner.geometry.cache_bytes(engine.recipe, 4, [512, 512])
-    assert 0 < engine.stats()["kv_budget_bytes"] <= cached
+    assert engine._runner.manager.concurrency(512) >= 2
     engine.add_request([5, 6])
     engine.step()
     engine.close()
@@ -119,3 +118,12 @@ def test_a_default_budget_holds_what_can_run_and_closing_ends_everything(model: 
         engine.add_request([5])
     with pytest.raises(RequestError, match="max_length"):
         engine_of(model, max_length=513)
+
+
+@pytest.mark.parametrize("recipe", ["raw", "int4"])
+@pytest.mark.parametrize("chunk", [7, 512])
+def test_a_default_budget_holds_one_full_context(model: Any, recipe: str, chunk: int) -> None:
+    with Engine(model, max_sequences=1, recipe=recipe, max_batched_tokens=chunk, check=False) as engine:
+        assert engine._intake._capacity == engine.context == 512
+        cached = engine._runner.geometry.cache_bytes(engine.recipe, 4, [512 + chunk])
+        assert engine.stats()["kv_budget_bytes"] < 2 * cached

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import pytest
@@ -21,15 +22,17 @@ from kvfold.memory.manager import CacheManager, GroupSpec, Reservation, Seal, Un
 
 
 class ModelSequence:
-    """Tokens, and which blocks of each group have been packed and not been cut since."""
+    """Tokens, and for each group which blocks have been packed and not been cut since, and how many are gone."""
 
     def __init__(self, groups: int) -> None:
         self.tokens: list[int] = []
+        self.gone = [0] * groups
         self.packed: list[set[int]] = [set() for _ in range(groups)]
 
     def copy(self) -> ModelSequence:
         other = ModelSequence(len(self.packed))
         other.tokens = list(self.tokens)
+        other.gone = list(self.gone)
         other.packed = [set(blocks) for blocks in self.packed]
         return other
 
@@ -47,8 +50,14 @@ def visible(spec: GroupSpec, position: int, length: int) -> bool:
     if spec.kind == "sliding":
         return position > length - spec.window
     if spec.kind == "chunked":
-        return position // spec.window == length // spec.window
+        return position // spec.window >= length // spec.window
     return True
+
+
+def kept(spec: GroupSpec, block: int, size: int, length: int) -> bool:
+    """Whether ``block`` outlives the end of a step at ``length``."""
+    back = max(0, length - spec.margin)
+    return any(visible(spec, position, back) for position in range(block * size, block * size + size))
 
 
 class World:
@@ -107,20 +116,23 @@ class World:
                     block[slot] = (position, known[position])
                     written.append(position)
                 assert run.state == "raw" or (run.slot_start, run.slot_stop) == (0, size)
-            wanted = [
-                p
-                for p in range(reservation.start, end)
-                if any(visible(spec, q, end) for q in range(p // size * size, p // size * size + size))
-            ]
+            wanted = [p for p in range(reservation.start, end) if kept(spec, p // size, size, end)]
             assert written == wanted
         self.open[reservation.seq] = (reservation, tokens)
 
     def expected_blocks(self, model: ModelSequence, group: int) -> tuple[list[int], list[int]]:
         """Raw and packed block indices by the rules."""
         length, size, spec = len(model.tokens), self.size, self.groups[group]
-        live = [b for b in range(-(-length // size)) if any(visible(spec, b * size + i, length) for i in range(size))]
+        live = [b for b in range(model.gone[group], -(-length // size)) if kept(spec, b, size, length)]
         raw = [b for b in live if b not in model.packed[group]]
         return raw, [b for b in live if b in model.packed[group]]
+
+    def release_in_model(self, model: ModelSequence) -> None:
+        """What a step's end lets go of does not come back when the sequence is cut."""
+        for group in range(len(self.groups)):
+            there = -(-len(model.tokens) // self.size)
+            live = [b for b in range(there) if kept(self.groups[group], b, self.size, len(model.tokens))]
+            model.gone[group] = max(model.gone[group], min(live, default=there))
 
     def seal_in_model(self, model: ModelSequence) -> None:
         """The sealing rule, block by block."""
@@ -175,6 +187,7 @@ class World:
         model = self.model[seq]
         model.tokens += tokens
         self.seal_in_model(model)
+        self.release_in_model(model)
         if finish:
             self.finish()
 
@@ -205,9 +218,8 @@ class World:
         before = self.snapshot()
         possible = True
         for group in range(len(self.groups)):
-            shorter = ModelSequence(len(self.groups))
-            shorter.tokens = model.tokens[:length]
-            needed = set().union(*self.expected_blocks(shorter, group))
+            bare = replace(self.groups[group], margin=0)
+            needed = {b for b in range(-(-length // size)) if kept(bare, b, size, length)}
             possible &= needed <= set().union(*self.expected_blocks(model, group))
         try:
             unseals = self.manager.truncate(seq, length)
@@ -221,6 +233,7 @@ class World:
             return
         assert possible
         del model.tokens[length:]
+        model.gone = [min(gone, -(-length // size)) for gone in model.gone]
         for group, packed in enumerate(model.packed):
             live = set().union(*self.expected_blocks(model, group))
             cut = [b for b in packed & live if b * size < length < (b + 1) * size]
@@ -255,6 +268,7 @@ class World:
         for spec, packed in zip(self.groups, model.packed, strict=True):
             if spec.seals:
                 packed.update(b for b in range(hit // self.size) if b * self.size >= spec.sinks)
+        self.release_in_model(model)
         assert manager.fits(manager.demand(seq, new)) == promised
         if promised:
             self.play(manager.reserve(seq, new), tokens[hit : hit + new])
@@ -350,7 +364,7 @@ class World:
 
 MOST = 6  # sequences at a time
 GROUPS = st.builds(
-    lambda kind, window, raw, packed, sinks, recent: GroupSpec(
+    lambda kind, window, raw, packed, sinks, recent, margin: GroupSpec(
         name=kind,
         raw_block_bytes=64 * raw,
         packed_block_bytes=64 * packed,
@@ -358,6 +372,7 @@ GROUPS = st.builds(
         recent=recent,
         kind=kind,
         window=None if kind == "full" else window,
+        margin=margin,
     ),
     kind=st.sampled_from(["full", "full", "sliding", "chunked"]),
     window=st.integers(1, 14),
@@ -365,6 +380,7 @@ GROUPS = st.builds(
     packed=st.integers(0, 4),
     sinks=st.integers(0, 5),
     recent=st.integers(0, 9),
+    margin=st.sampled_from([0, 0, 1, 5, 16]),
 )
 COUNTS = st.integers(1, 14)
 TOKEN = st.integers(0, 1)
@@ -504,6 +520,7 @@ def random_group(draw: random.Random) -> GroupSpec:
         recent=draw.randint(0, 9),
         kind=kind,
         window=None if kind == "full" else draw.randint(1, 20),
+        margin=draw.choice([0, 0, 1, 5, 16]),
     )
 
 

@@ -232,6 +232,35 @@ def test_truncate_behind_a_window_is_refused() -> None:
     step(manager, seq, 3)
 
 
+@pytest.mark.parametrize("packed", [0, 64])
+@pytest.mark.parametrize("kind", ["sliding", "chunked"])
+@pytest.mark.parametrize("window", [1, 12, 40])
+def test_a_margin_lets_a_window_go_back(kind: str, window: int, packed: int) -> None:
+    draw = random.Random(window)
+    manager = CacheManager([GroupSpec("w", 128, packed, kind=kind, window=window, margin=64)], 2**16, 32)
+    seq = manager.create()
+    step(manager, seq, 200)
+    for _ in range(60):
+        length, back = manager.length(seq), draw.randint(0, 64)
+        manager.finish_unseals(manager.truncate(seq, length - back))
+        manager.check()
+        for count in (draw.randint(1, 9), back):
+            step(manager, seq, count + 1)
+        assert manager.length(seq) > length
+    with pytest.raises(UnsupportedError, match="released"):
+        manager.truncate(seq, manager.length(seq) - 64 - window - 32)
+
+
+def test_a_margin_counts_where_a_block_ends() -> None:
+    manager = CacheManager([GroupSpec("w", 128, kind="sliding", window=12, margin=64)], 2**14, 32)
+    seq = manager.create()
+    step(manager, seq, 105)
+    step(manager, seq, 5)
+    manager.truncate(seq, 106)
+    manager.check()
+    step(manager, seq, 40)
+
+
 def test_truncate_makes_its_own_room() -> None:
     """The raw block for a cut packed one may stand where the truncated blocks stood."""
     spec = GroupSpec("p", 256, 256)
@@ -401,7 +430,6 @@ def test_usage() -> None:
     assert usage.in_use == manager.bytes_in_use()
     assert usage.in_use <= usage.lent <= usage.arena <= usage.budget == 2**16
     assert usage.extents_lent * manager.arena.extent_bytes == usage.lent
-    assert 0 < usage.fraction < 1
     assert manager.groups == (PACKED, RAW)
     assert manager.block_size == 4
 
@@ -412,8 +440,8 @@ def test_steps_that_change_nothing_are_recognised(seed: int) -> None:
     draw = random.Random(seed)
     specs = [
         GroupSpec("f", 256, 64, sinks=draw.randint(0, 9), recent=draw.randint(0, 20)),
-        GroupSpec("s", 256, 64, recent=draw.randint(0, 9), kind="sliding", window=draw.randint(1, 20)),
-        GroupSpec("c", 256, kind="chunked", window=draw.randint(1, 20)),
+        GroupSpec("s", 256, 64, recent=draw.randint(0, 9), kind="sliding", window=draw.randint(1, 20), margin=seed),
+        GroupSpec("c", 256, kind="chunked", window=draw.randint(1, 20), margin=seed // 2 * 5),
     ]
     quick, slow = (CacheManager(specs, 2**18, 8) for _ in range(2))
     one, two = quick.create(), slow.create()

@@ -18,7 +18,16 @@ from kvfold.attention.prefill import SPAN_PAGES, PastSpan
 from kvfold.codecs.pages import PageStore
 from kvfold.kernels.pages import HIDDEN
 
-__all__ = ["Blocks", "DecodeBucket", "DecodeTables", "GroupPages", "SequencePages", "past_spans"]
+__all__ = [
+    "Blocks",
+    "DecodeBucket",
+    "DecodeTables",
+    "GroupPages",
+    "RowWrite",
+    "SequencePages",
+    "past_spans",
+    "place_rows",
+]
 
 _SMALLEST_BUCKET_BITS = 3  # up to 7 pages cost about the same: no bucket is finer than that
 _FAR = np.iinfo(np.int64).max // 2  # the position of padding: no query ever reaches it
@@ -104,7 +113,9 @@ class DecodeTables:
         self._buckets: list[tuple[np.ndarray, Tensor, list[_Part]]] = []
         for members in buckets.values():
             chosen = [sequences[i] for i in members]
-            parts = [self._part(group.raw, [pages.raw for pages in chosen])]
+            parts = []
+            if chosen[0].raw.offset.size:
+                parts.append(self._part(group.raw, [pages.raw for pages in chosen]))
             if group.packed is not None and chosen[0].packed.offset.size:
                 parts.append(self._part(group.packed, [pages.packed for pages in chosen]))
             index = np.asarray(members)
@@ -173,3 +184,42 @@ def past_spans(group: GroupPages, pages: SequencePages, start: int) -> list[Past
             valid = int(min(pos.size, pos.size - size + start - first[-1]))
             spans.append(PastSpan(piece=piece, pos=torch.from_numpy(pos).to(store.arena.device), valid=valid))
     return spans
+
+
+@dataclass(frozen=True, slots=True)
+class RowWrite:
+    """Where new tokens go in one store: ``addr [N, Hkv]`` pages in the group's first layer, ``slot [N, Hkv]``, and
+    which ``rows [N]`` of the step's tokens they are (None: all, in order).
+    """
+
+    store: PageStore
+    addr: Tensor
+    slot: Tensor
+    rows: Tensor | None
+    layer_bytes: int
+
+    def __call__(self, layer_in_group: int, k: Tensor, v: Tensor) -> None:
+        """Stores the step's keys ``[M, Hkv, Dk]`` and values ``[M, Hkv, Dv]`` of a layer, as far as they go here."""
+        if self.rows is not None:
+            k, v = k.index_select(0, self.rows), v.index_select(0, self.rows)
+        addr = (self.addr + layer_in_group * self.layer_bytes).reshape(-1)
+        self.store.write_rows(addr, self.slot.reshape(-1), k.flatten(0, 1), v.flatten(0, 1))
+
+
+def place_rows(pages: GroupPages, store: PageStore, offset: np.ndarray, runs: np.ndarray, total: int) -> RowWrite:
+    """Runs of tokens in blocks at byte ``offset [n]``; ``runs [3, n]``: their token counts, first slots, and first rows
+    among the ``total`` tokens of the step.
+    """
+    count, slots, firsts = runs
+    within = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
+    rows = np.repeat(firsts, count) + within
+    in_order = rows.size == total and bool((rows == np.arange(total)).all())
+    device = store.arena.device
+    slot = torch.from_numpy(np.repeat(slots, count) + within).to(device)
+    return RowWrite(
+        store=store,
+        addr=pages.addresses(store, np.repeat(offset, count)[:, None])[..., 0],
+        slot=slot[:, None].expand(-1, pages.kv_heads),
+        rows=None if in_order else torch.from_numpy(rows).to(device),
+        layer_bytes=pages.layer_bytes(store),
+    )

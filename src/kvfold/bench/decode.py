@@ -1,22 +1,24 @@
 """Whole decode steps at any context: caches are filled synthetically, so that 32k tokens need no prefill.
 
 Every contestant holds the same random keys and values and decodes the same tokens, its steps interleaved with the
-others', so that a noisy machine is noisy for all. Before anything is timed, ``raw`` must agree with transformers.
+others', so that a noisy machine is noisy for all. Before anything is timed, ``raw`` must agree with transformers,
+whether or not that is asked for as a rival.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from kvfold.bench.stream import stream_read_gb_s
+from kvfold.bench.stream import stream_read_gb_s, wait_for
 from kvfold.cache import SequenceWork
+from kvfold.engine.loading import parse_recipes
 from kvfold.engine.runner import ModelRunner, SeqWork
 from kvfold.errors import KVFoldError, RequestError
 from kvfold.geometry import Geometry
@@ -29,6 +31,8 @@ _FILL_TOKENS = 1024
 _GATE = 0.25  # of the logits' standard deviation, as at load
 
 Say = Callable[[str], None]
+Chunk = Mapping[int, tuple[Tensor, Tensor]]
+"""The next keys and values ``k, v [B, H, T, D]`` of each layer that stores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +70,17 @@ class _Transformers:
         self.cache = DynamicCache(config=model.config)
         self.batch = batch
 
-    def fill(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Appends ``k, v [B, H, T, D]``."""
-        self.cache.update(k, v, layer)
+    def fill(self, chunk: Chunk) -> None:
+        """Appends a chunk."""
+        for layer, (k, v) in chunk.items():
+            self.cache.update(k, v, layer)
 
     @torch.inference_mode()
     def step(self, tokens: Tensor, position: int) -> Tensor:
-        positions = torch.full((self.batch, 1), position)
+        device = self.model.device
+        positions = torch.full((self.batch, 1), position, device=device)
         logits: Tensor = self.model(
-            input_ids=tokens[:, None], position_ids=positions, past_key_values=self.cache
+            input_ids=tokens[:, None].to(device), position_ids=positions, past_key_values=self.cache
         ).logits[:, -1]
         return logits
 
@@ -86,20 +92,18 @@ class _Transformers:
 class _Paged:
     """kvfold under one recipe."""
 
-    def __init__(self, model: PreTrainedModel, recipe: str, batch: int, context: int, steps: int) -> None:
-        parsed = Recipe.parse(recipe)
+    def __init__(self, model: PreTrainedModel, recipe: Recipe, batch: int, context: int, steps: int) -> None:
         geometry = Geometry.from_config(model.config)
         lengths = [context + steps + _FILL_TOKENS] * batch
-        budget = geometry.cache_bytes(parsed, model.dtype.itemsize, lengths)
-        self.runner = ModelRunner(model, recipe=parsed, kv_memory=int(budget * 1.25) + (64 << 20), check=False)
+        budget = geometry.cache_bytes(recipe, model.dtype.itemsize, lengths)
+        self.runner = ModelRunner(model, recipe=recipe, kv_memory=int(budget * 1.25) + (64 << 20), check=False)
         self.sequences = [self.runner.create() for _ in range(batch)]
-        self.layers = [i for i, layer in enumerate(geometry.layers) if layer.source == i and layer.kind != "none"]
 
-    def fill_all(self, chunk: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Appends one chunk of every layer's ``k, v [B, H, T, D]``, as a prefill would."""
-        count = chunk[0][0].shape[2]
+    def fill(self, chunk: Chunk) -> None:
+        """Appends a chunk, as a prefill would."""
+        count = next(iter(chunk.values()))[0].shape[2]
         step = self.runner.cache.begin([SequenceWork(seq, count) for seq in self.sequences])
-        for layer, (k, v) in zip(self.layers, chunk, strict=True):
+        for layer, (k, v) in chunk.items():
             step.write(layer, k.transpose(1, 2).flatten(0, 1), v.transpose(1, 2).flatten(0, 1))
         self.runner.cache.commit(step)
 
@@ -129,9 +133,10 @@ def bench_decode(
     """Times ``steps`` decode steps of ``batch`` sequences of ``context`` tokens under each recipe, and the rivals' in
     the same run.
 
-    Raises RequestError for an unknown rival or a context the model cannot take, KVFoldError if the correctness gate
-    fails.
+    Raises RequestError for an unknown rival or a context the model cannot take, RecipeError or UnsupportedError for a
+    recipe, KVFoldError if the correctness gate fails.
     """
+    parsed = parse_recipes(["raw", *recipes], model)
     unknown = [rival for rival in rivals if rival not in RIVALS]
     if unknown:
         raise RequestError(f"unknown rival {unknown[0]!r}", hint="known: " + ", ".join(RIVALS))
@@ -140,26 +145,26 @@ def bench_decode(
         raise RequestError(
             f"context {context}", why=f"the model takes {limit} positions", hint="choose a shorter context"
         )
-    names = list(dict.fromkeys(["raw", *recipes]))
-    say(f"filling {len(names) + len(rivals)} caches with {batch} x {context} tokens")
-    paged = {name: _Paged(model, name, batch, context, steps) for name in names}
-    stock = {rival: _Transformers(model, batch) for rival in rivals}
-    _fill(model, paged, stock, context, batch, seed)
-    contestants: dict[str, _Paged | _Transformers] = {**stock, **paged}
+    say(f"filling {1 + len(parsed)} caches with {batch} x {context} tokens")
+    contestants: dict[str, _Paged | _Transformers] = {"transformers": _Transformers(model, batch)}
+    contestants |= {name: _Paged(model, recipe, batch, context, steps) for name, recipe in parsed.items()}
+    _fill(model, list(contestants.values()), context, batch, seed)
     tokens = torch.randint(
         0, model.config.vocab_size, (steps + 1, batch), generator=torch.Generator().manual_seed(seed)
     )
     logits = {name: contestant.step(tokens[0], context).float() for name, contestant in contestants.items()}
-    for rival in stock:
-        _gate(logits[rival], logits["raw"], rival)
+    _gate(logits["transformers"], logits["raw"])
+    if "transformers" not in rivals:
+        del contestants["transformers"]  # it was there for the gate; its cache is freed
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for i in range(1, steps + 1):
         for name, contestant in contestants.items():
             begin = time.perf_counter()
             contestant.step(tokens[i], context + i)
+            wait_for(model.device)
             times[name].append(time.perf_counter() - begin)
         say(f"step {i} of {steps}")
-    kept = [name for name in contestants if name in stock or name in recipes]
+    kept = [name for name in contestants if name in rivals or name in recipes]
     return _rows(model, contestants, kept, times, logits, rivals, context, batch)
 
 
@@ -174,7 +179,7 @@ def _rows(
     batch: int,
 ) -> list[DecodeRow]:
     weights = sum(p.nbytes for p in {id(p): p for p in model.parameters()}.values())
-    stream = stream_read_gb_s()
+    stream = stream_read_gb_s(model.device)
     raw_bytes = contestants["raw"].kv_bytes()
     log_p = logits["raw"].log_softmax(-1)
     yardstick = statistics.median(times[rivals[0]]) if rivals else None
@@ -203,37 +208,29 @@ def _rows(
 
 
 def _fill(
-    model: PreTrainedModel,
-    paged: dict[str, _Paged],
-    stock: dict[str, _Transformers],
-    context: int,
-    batch: int,
-    seed: int,
+    model: PreTrainedModel, contestants: Sequence[_Paged | _Transformers], context: int, batch: int, seed: int
 ) -> None:
     """The same random keys and values for everyone."""
-    generator = torch.Generator().manual_seed(seed)
-    geometry = Geometry.from_config(model.config)
-    layers = next(iter(paged.values())).layers
+    generator = torch.Generator(model.device).manual_seed(seed)
+    layers = [layer for layer in Geometry.from_config(model.config).layers if layer.stores]
     for start in range(0, context, _FILL_TOKENS):
         count = min(_FILL_TOKENS, context - start)
-        chunk = []
+        chunk: dict[int, tuple[Tensor, Tensor]] = {}
         for layer in layers:
-            shape = geometry.layers[layer]
             k, v = (
-                torch.randn(batch, shape.kv_heads, count, dim, generator=generator).to(model.dtype)
-                for dim in (shape.k_dim, shape.v_dim)
+                torch.randn(batch, layer.kv_heads, count, dim, generator=generator, device=model.device).to(model.dtype)
+                for dim in (layer.k_dim, layer.v_dim)
             )
-            chunk.append((k, v))
-            for rival in stock.values():
-                rival.fill(layer, k, v)
-        for contestant in paged.values():
-            contestant.fill_all(chunk)
+            chunk[layer.index] = k, v
+        for contestant in contestants:
+            contestant.fill(chunk)
+        wait_for(model.device)
 
 
-def _gate(wanted: Tensor, found: Tensor, rival: str) -> None:
+def _gate(wanted: Tensor, found: Tensor) -> None:
     error = float((wanted - found).abs().max() / wanted.std())
     if not error <= _GATE:
         raise KVFoldError(
             "the benchmark's correctness gate",
-            why=f"raw differs from {rival} by {error:.2g} standard deviations of the logits",
+            why=f"raw differs from transformers by {error:.2g} standard deviations of the logits",
         )

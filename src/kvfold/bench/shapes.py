@@ -58,7 +58,10 @@ _VOCAB = 32_000
 
 
 def random_model(shape: str, *, dtype: torch.dtype, max_positions: int, seed: int = 0) -> PreTrainedModel:
-    """A Llama-architecture model of a named shape with random weights. RequestError names the known shapes."""
+    """A Llama-architecture model of a named shape with random weights, on the GPU if there is one.
+
+    RequestError names the known shapes.
+    """
     if shape not in SHAPES:
         raise RequestError(f"unknown shape {shape!r}", hint="known: " + ", ".join(SHAPES))
     sizes = SHAPES[shape]
@@ -75,5 +78,6 @@ def random_model(shape: str, *, dtype: torch.dtype, max_positions: int, seed: in
     )
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type] # as in engine/loading.py
     model.eval()
     return model

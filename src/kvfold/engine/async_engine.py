@@ -80,6 +80,8 @@ class AsyncEngine:
 
     async def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now; what there is of it. Whoever waits for it gets that too. None if it is not under way."""
+        if self._closed:
+            return None  # closing aborts everything
         return await self._visit(partial(self._abort, request_id, asyncio.get_running_loop()))
 
     async def close(self) -> None:
@@ -130,10 +132,14 @@ class AsyncEngine:
                 ended = isinstance(item, RequestOutput) or item.final is not None
                 yield item
         finally:
-            del self._inboxes[request_id]
-            if not ended and not self._closed:
-                # Shielded: it has to happen although this task is being cancelled.
-                await asyncio.shield(self.abort(request_id))
+            if ended or self._closed:
+                del self._inboxes[request_id]
+            else:
+                # Shielded: it has to happen although this task is being cancelled. Until then the id is taken, or who
+                # takes it next would get what there is of this request.
+                aborting = asyncio.ensure_future(self.abort(request_id))
+                aborting.add_done_callback(lambda _: self._inboxes.pop(request_id))
+                await asyncio.shield(aborting)
 
     async def _visit(self, call: Callable[[], T]) -> T:
         """Run ``call`` on the worker thread, between two steps."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 
 import torch
 
@@ -21,27 +20,6 @@ from kvfold.telemetry import StepStats
 __all__ = ["EngineCore"]
 
 
-@dataclass(slots=True)
-class _Counts:
-    """A `StepStats` that grows in place."""
-
-    steps: int = 0
-    prefill_tokens: int = 0
-    decode_tokens: int = 0
-    prefix_hit_tokens: int = 0
-    finished_requests: int = 0
-    preemptions: int = 0
-    seconds: float = 0.0
-
-    def add(self, work: Sequence[Work]) -> None:
-        """A forward of ``work`` was made."""
-        self.steps += 1
-        for branch, start, chunk, _ in work:
-            prompt = min(chunk, max(0, len(branch.request.prompt) - start))
-            self.prefill_tokens += prompt
-            self.decode_tokens += chunk - prompt
-
-
 class EngineCore:
     """The requests under way, and the steps that move them. Not thread-safe."""
 
@@ -50,15 +28,11 @@ class EngineCore:
         self.scheduler = scheduler
         self.requests: dict[str, Request] = {}
         """Requests that have not ended, by id."""
-        self._counts = _Counts()
+        self.stats = StepStats()
+        """What has been done since the start."""
         self._tokenizer = tokenizer
         self._watched: list[Branch] = []  # branches of streamed requests that gained something in this step
         self._ended: list[RequestOutput] = []
-
-    @property
-    def stats(self) -> StepStats:
-        """What has been done since the start."""
-        return StepStats(**asdict(self._counts))
 
     def add(self, request: Request) -> None:
         """A new request goes to the end of the queue."""
@@ -69,16 +43,15 @@ class EngineCore:
     def step(self) -> list[RequestOutput]:
         """Compute the next tokens of whoever has a turn; the requests that have ended by that."""
         began = time.perf_counter()
-        counts = self._counts
         plan = self._settle()
         if not plan.empty:
             work = [*plan.work, *map(self._start, plan.admit)]
             logits = self._run(work)
             if logits is not None:
-                counts.add(work)
+                self._count(work)
                 self._advance(work, logits)
         ended = self._deliver()
-        counts.seconds += time.perf_counter() - began
+        self.stats.seconds += time.perf_counter() - began
         return ended
 
     def abort(self, request: Request) -> RequestOutput:
@@ -106,7 +79,7 @@ class EngineCore:
         if branch.seq is not None:
             self.runner.free(branch.seq)
         self.scheduler.preempt(branch, hold=hold)
-        self._counts.preemptions += 1
+        self.stats.preemptions += 1
 
     # -- run
 
@@ -119,7 +92,7 @@ class EngineCore:
         except BaseException:
             self.runner.free(seq)
             raise
-        self._counts.prefix_hit_tokens += branch.computed
+        self.stats.prefix_hit_tokens += branch.computed
         if branch.request.cached_tokens is None:
             branch.request.cached_tokens = branch.computed
         self.scheduler.admit(branch, seq)
@@ -144,6 +117,13 @@ class EngineCore:
             return None
 
     # -- commit
+
+    def _count(self, work: Sequence[Work]) -> None:
+        self.stats.steps += 1
+        for branch, start, chunk, _ in work:
+            prompt = min(chunk, max(0, len(branch.request.prompt) - start))
+            self.stats.prefill_tokens += prompt
+            self.stats.decode_tokens += chunk - prompt
 
     def _advance(self, work: Sequence[Work], logits: torch.Tensor) -> None:
         """Fork what is to be forked, sample, and append. ``logits`` [S, V], one row for each of ``work`` that
@@ -238,7 +218,7 @@ class EngineCore:
             self._watched.append(branch)
         if request.finished:
             del self.requests[request.id]
-            self._counts.finished_requests += 1
+            self.stats.finished_requests += 1
             self._ended.append(make_output(request, self._tokenizer))
 
     def _deliver(self) -> list[RequestOutput]:

@@ -11,6 +11,7 @@ from typing import Final, Self
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kvfold.cache import group_spec
 from kvfold.engine.core import EngineCore
 from kvfold.engine.intake import Intake, is_single, longest_sequence
 from kvfold.engine.loading import available_memory, end_tokens, load
@@ -21,6 +22,7 @@ from kvfold.engine.scheduler import Scheduler
 from kvfold.errors import RequestError
 from kvfold.formats import format_bytes, parse_bytes
 from kvfold.geometry import UNBOUNDED, Geometry
+from kvfold.memory.capacity import budget_for
 from kvfold.recipe import Recipe
 
 __all__ = ["Engine"]
@@ -64,8 +66,11 @@ class Engine:
         geometry = Geometry.from_config(model.config)
         self.context = _context(geometry, max_length)
         self.recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
-        wanted = self.recipe, self.context, max_sequences
-        budget = _default_budget(model, geometry, *wanted) if kv_memory is None else parse_bytes(kv_memory)
+        if kv_memory is None:
+            chunk = min(max_batched_tokens, self.context)
+            budget = _default_budget(model, geometry, self.recipe, self.context, chunk, max_sequences)
+        else:
+            budget = parse_bytes(kv_memory)
         self.tokenizer = tokenizer
         self._runner = ModelRunner(
             model, recipe=self.recipe, kv_memory=budget, prefix_caching=prefix_caching, check=check
@@ -292,8 +297,9 @@ def _context(geometry: Geometry, max_length: int | None) -> int:
 
 
 def _default_budget(
-    model: PreTrainedModel, geometry: Geometry, recipe: Recipe, context: int, max_sequences: int
+    model: PreTrainedModel, geometry: Geometry, recipe: Recipe, context: int, chunk: int, max_sequences: int
 ) -> int:
     """Bytes for ``max_sequences`` full contexts, or what may be taken of the memory there is."""
     share = available_memory(model.device) // _SHARE
-    return min(share, geometry.cache_bytes(recipe, model.dtype.itemsize, [context] * max_sequences))
+    specs = [group_spec(group) for group in geometry.groups(recipe, model.dtype.itemsize)]
+    return min(share, budget_for(specs, recipe.block_size, length=context, chunk=chunk, sequences=max_sequences))

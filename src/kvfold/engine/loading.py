@@ -1,19 +1,22 @@
-"""Finding and loading a model with its tokenizer, and how much memory its cache may take by default."""
+"""Finding and loading a model with its tokenizer, the recipes it can take, and how much memory its cache may."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Final
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from kvfold.errors import ModelError
+from kvfold.errors import ModelError, UnsupportedError
+from kvfold.geometry import Geometry
+from kvfold.recipe import Recipe
 
-__all__ = ["BUNDLED", "available_memory", "end_tokens", "load"]
+__all__ = ["BUNDLED", "available_memory", "end_tokens", "load", "parse_recipes"]
 
 BUNDLED: Final = "bundled"
 """The name of the small model that comes with the package."""
@@ -34,7 +37,7 @@ def load(
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
         model = AutoModelForCausalLM.from_pretrained(where, dtype="auto" if dtype is None else dtype)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"cannot load the model {str(path)!r}",
@@ -64,6 +67,18 @@ def _resolve(path: str | Path) -> str:
             f"no model at {text!r}", why="no such directory", hint="give a directory, a hub id, or 'bundled'"
         )
     return text
+
+
+def parse_recipes(texts: Sequence[str], model: PreTrainedModel) -> dict[str, Recipe]:
+    """The recipe of each text, in order, each text once. RecipeError for a bad text, UnsupportedError for a recipe that
+    cannot serve ``model``.
+    """
+    geometry = Geometry.from_config(model.config)
+    recipes = {text: Recipe.parse(text) for text in texts}
+    for recipe in recipes.values():
+        if reasons := recipe.supports(geometry):
+            raise UnsupportedError(f"recipe {recipe} on {geometry.model_type}", reasons)
+    return recipes
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:

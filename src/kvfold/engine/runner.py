@@ -59,7 +59,7 @@ class ModelRunner:
             fingerprint=fingerprint,
             prefix_caching=prefix_caching,
         )
-        self._packed = PackedModel(model, self.geometry)
+        self._packed = PackedModel(model)
 
     @property
     def manager(self) -> CacheManager:
@@ -113,15 +113,18 @@ class ModelRunner:
 
     def _run(self, work: Sequence[SeqWork], keep: np.ndarray) -> Tensor:
         step = self.cache.begin([SequenceWork(item.seq, len(item.tokens)) for item in work])
+        if any(item.start != r.start for item, r in zip(work, step.reservations, strict=True)):
+            self.cache.abandon(step)
+            raise ValueError("a work item does not start where its sequence ends")
         try:
             segments = [len(item.tokens) for item in work]
             tokens = np.concatenate([np.asarray(item.tokens, np.int64) for item in work])
             first = np.asarray([item.start for item in work]) - np.cumsum([0, *segments[:-1]])
             positions = np.arange(tokens.size) + np.repeat(first, segments)
             ids, at, rows = (torch.from_numpy(x).to(self.device) for x in (tokens, positions, keep))
-            logits = self._packed.forward(step, ids, at, rows, segments)
+            logits = self._packed.forward(step, ids, at, rows, segments).float()
+            self.cache.commit(step, [item.tokens for item in work], [item.salt for item in work])
         except BaseException:
             self.cache.abandon(step)
             raise
-        self.cache.commit(step, [item.tokens for item in work], [item.salt for item in work])
-        return logits.float()
+        return logits

@@ -20,7 +20,7 @@ from kvfold.memory.prefix import BlockHash, PrefixEntry, PrefixIndex
 from kvfold.memory.reservation import Demand, Reservation, Seal, Unseal
 from kvfold.memory.table import GroupSpec, GroupTable, PoolKey, SeqId, State
 
-__all__ = ["Allowance", "Books", "GroupWork", "SequenceState", "Twin"]
+__all__ = ["Allowance", "Books", "GroupWork", "SequenceState", "Twin", "block_sizes", "table_entries"]
 
 _Job = TypeVar("_Job", Seal, Unseal)
 
@@ -121,17 +121,14 @@ class Books:
         self.growable = growable
         self.fingerprint = fingerprint
         self.prefix_caching = prefix_caching
-        sizes = [size for spec in specs for size in _sizes(spec)]
+        sizes = block_sizes(specs)
         if growable:
             budget_bytes = max(budget_bytes, max(sizes))
             self.max_entries = sys.maxsize // TABLE_ENTRY_BYTES
             self.arena = Arena(budget_bytes, max(sizes), block_bytes=sizes)
         else:
-            # An unshared sequence needs an entry for each of its blocks; sharing needs more entries than there are
-            # blocks.
-            entries = max(budget_bytes // min(sizes), budget_bytes // _TABLE_SHARE // TABLE_ENTRY_BYTES)
-            self.max_entries = entries
-            for_blocks = budget_bytes - entries * TABLE_ENTRY_BYTES
+            self.max_entries = table_entries(budget_bytes, sizes)
+            for_blocks = budget_bytes - self.max_entries * TABLE_ENTRY_BYTES
             if for_blocks < max(sizes):
                 raise BudgetError(
                     f"a KV budget of {format_bytes(budget_bytes)} holds no block",
@@ -322,6 +319,19 @@ def _done(under_way: Counter[_Job], job: _Job) -> None:
     under_way[job] -= 1
     if not under_way[job]:
         del under_way[job]
+
+
+def table_entries(budget_bytes: int, sizes: Sequence[int]) -> int:
+    """Entries of block tables that a budget sets room aside for; the rest of it is for blocks of ``sizes`` bytes.
+
+    An unshared sequence needs an entry for each of its blocks; sharing needs more entries than there are blocks.
+    """
+    return max(budget_bytes // min(sizes), budget_bytes // _TABLE_SHARE // TABLE_ENTRY_BYTES)
+
+
+def block_sizes(specs: Sequence[GroupSpec]) -> list[int]:
+    """Bytes of a block, for every pool of the groups."""
+    return [size for spec in specs for size in _sizes(spec)]
 
 
 def _sizes(spec: GroupSpec) -> list[int]:

@@ -10,16 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 
-from kvfold.formats import BlockCounts, block_counts
+from kvfold.formats import TABLE_ENTRY_BYTES, BlockCounts, block_counts
+from kvfold.memory.arena import plan_extents
+from kvfold.memory.books import block_sizes, table_entries
 from kvfold.memory.reservation import plan_group
 from kvfold.memory.table import GroupSpec, PoolKey
 
-__all__ = ["UNBOUNDED", "Capacity", "Counts"]
+__all__ = ["UNBOUNDED", "Capacity", "Counts", "budget_for"]
 
 UNBOUNDED: Final = 1 << 40
 """Said of tokens or sequences when no limit was found: sliding layers alone never fill up."""
 
 Counts = BlockCounts
+
+_FINENESS: Final = 64  # `budget_for` is at most this share too much
 
 
 class _Peak(NamedTuple):
@@ -74,12 +78,7 @@ class Capacity:
 
     def extents(self, counts: Sequence[Counts]) -> int:
         """Extents that pools need for these blocks of each group."""
-        total = 0
-        for group, count in enumerate(counts):
-            total += -(-count.raw // self._per_extent[group, "raw"])
-            if count.packed:
-                total += -(-count.packed // self._per_extent[group, "packed"])
-        return total
+        return _extents(counts, self._per_extent)
 
     def surely_fits(self, length: int, chunk: int) -> bool:
         """Whether a lone sequence gets to ``length`` tokens, whatever its steps of at most ``chunk`` tokens. Errs to
@@ -156,6 +155,41 @@ class Capacity:
                 packed = max(packed, old_packed + sealed)
         # The sinks of a full layer are among its raw blocks at any length; those of a sliding one only at the start.
         return _Peak(raw + (sinks if window is not None else 0), None if window is None else packed)
+
+
+def budget_for(specs: Sequence[GroupSpec], block_size: int, *, length: int, chunk: int, sequences: int) -> int:
+    """A budget, in bytes and hardly more than the least, with which as many ``sequences`` of ``length`` tokens surely
+    fit, filled one after the other in steps of at most ``chunk`` tokens: tables and the ends of extents included.
+    """
+    room, sizes = Capacity(specs, block_size, 0, {}), block_sizes(specs)
+    counts = []
+    for group in range(len(specs)):
+        peak, rest = room.peak(group, length, chunk), room.resting(group, length)
+        counts.append(Counts(peak.raw + (sequences - 1) * rest.raw, peak.packed + (sequences - 1) * rest.packed))
+    needed = sum(
+        count.raw * spec.raw_block_bytes + count.packed * spec.packed_block_bytes
+        for count, spec in zip(counts, specs, strict=True)
+    )
+    budget = max(needed, 2 * max(sizes))
+    while True:
+        extents, extent_bytes = plan_extents(budget - table_entries(budget, sizes) * TABLE_ENTRY_BYTES, sizes)
+        per_extent: dict[PoolKey, int] = {}
+        for group, spec in enumerate(specs):
+            per_extent[group, "raw"] = extent_bytes // spec.raw_block_bytes
+            if spec.seals:
+                per_extent[group, "packed"] = extent_bytes // spec.packed_block_bytes
+        if _extents(counts, per_extent) <= extents:
+            return budget
+        budget += max(budget // _FINENESS, max(sizes))
+
+
+def _extents(counts: Sequence[Counts], per_extent: Mapping[PoolKey, int]) -> int:
+    total = 0
+    for group, count in enumerate(counts):
+        total += -(-count.raw // per_extent[group, "raw"])
+        if count.packed:
+            total += -(-count.packed // per_extent[group, "packed"])
+    return total
 
 
 def _largest(fits: Callable[[int], bool], limit: int) -> int:

@@ -76,11 +76,6 @@ class Usage:
     extents_lent: int
     """Extents that pools hold, a count."""
 
-    @property
-    def fraction(self) -> float:
-        """The share of the budget that is in use, 0 to 1."""
-        return self.in_use / self.budget
-
 
 class CacheManager:
     """The books of a KV cache: blocks of ``block_size`` tokens of the layer ``groups``, in ``budget_bytes`` bytes.
@@ -243,6 +238,12 @@ class CacheManager:
         the first use.
         """
         return steps.commit(self._books, reservation, tokens, salt)
+
+    def coming_seals(self, reservation: Reservation) -> list[Seal]:
+        """The seals that `commit` of this open reservation will want encoded: encode them before, and a failure can
+        still be rolled back. Two reservations may name the same one. Pure.
+        """
+        return steps.coming_seals(self._books, reservation)
 
     def finish_seals(self, seals: Iterable[Seal]) -> None:
         """The packed blocks hold their content: they become findable, and the raw ones are let go."""

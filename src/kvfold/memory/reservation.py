@@ -156,10 +156,10 @@ class GroupPlan(NamedTuple):
         return self.stop - self.new - (self.direct_stop - self.direct)
 
 
-def plan_group(spec: GroupSpec, block_size: int, *, start: int, end: int, packed_end: int) -> GroupPlan:
-    """The plan for a group whose packed blocks end at ``packed_end``. Pure."""
+def plan_group(spec: GroupSpec, block_size: int, *, start: int, end: int, packed_end: int, first: int = 0) -> GroupPlan:
+    """The plan for a group whose packed blocks end at ``packed_end``; those before ``first`` are gone. Pure."""
     there, stop = -(-start // block_size), -(-end // block_size)
-    live = spec.live(end, block_size)
+    live = max(first, spec.live(end, block_size))
     packed_after = max(packed_end, spec.packed_end(end, block_size))
     sink_end = spec.sink_end(block_size)
     new = min(max(there, live), stop)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from kvfold.errors import CacheFullError, RequestError, UnsupportedError
+from kvfold.formats import first_live
 from kvfold.memory.books import Allowance, Books, SequenceState
 from kvfold.memory.prefix import BlockHash, PrefixEntry, chain, root_hash
 from kvfold.memory.reservation import Demand, Unseal
@@ -158,11 +159,9 @@ def truncate(books: Books, seq: SeqId, length: int) -> tuple[Unseal, ...]:
     keep = -(-length // size)
     gone = []
     for spec, table in zip(books.specs, state.tables, strict=True):
-        live = spec.live(length, size)
-        if live < min(table.first, keep):
-            gone.append(
-                f"group {spec.name} has released positions {live * size} to {min(table.first, keep) * size - 1}"
-            )
+        needed, there = first_live(length, size, spec.kind, spec.window), min(table.first, keep)
+        if needed < there:
+            gone.append(f"group {spec.name} has released positions {needed * size} to {there * size - 1}")
     if gone:
         raise UnsupportedError(f"sequence {seq} cannot go back from {state.length} to {length} tokens", gone)
     if length == state.length:
@@ -171,11 +170,11 @@ def truncate(books: Books, seq: SeqId, length: int) -> tuple[Unseal, ...]:
     need = Demand({(group, "raw"): 1 for group in cut})
     if cut:
         books.make_room(need, _only_here(books, state, keep))
-    for group, (spec, table) in enumerate(zip(books.specs, state.tables, strict=True)):
+    for group, table in enumerate(state.tables):
         books.drop_tail(group, table, keep)
         table.packed_end = min(table.packed_end, length // size)
         if not table.ids:
-            table.first = spec.live(length, size)
+            table.first = keep
         table.view = None
     allowance = books.allowance(need)
     unseals = [_unseal(books, state, group, allowance) for group in cut]

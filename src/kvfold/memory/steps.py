@@ -48,9 +48,9 @@ def demand_of_new(books: Books, length_before: int, new_tokens: int) -> Demand:
 
 
 def _plan(books: Books, state: SequenceState, new_tokens: int) -> list[GroupPlan]:
-    start = state.length
+    start, end, size = state.length, state.length + new_tokens, books.block_size
     return [
-        plan_group(spec, books.block_size, start=start, end=start + new_tokens, packed_end=table.packed_end)
+        plan_group(spec, size, start=start, end=end, packed_end=table.packed_end, first=table.first)
         for spec, table in zip(books.specs, state.tables, strict=True)
     ]
 
@@ -294,6 +294,19 @@ def _final(books: Books, state: SequenceState, index: int) -> tuple[bytes, bytes
     return state.hashes[index], token_bytes(state.tokens[index * size : (index + 1) * size])
 
 
+def coming_seals(books: Books, reservation: Reservation) -> list[Seal]:
+    """What `commit` will ask to be encoded, while everything can still be undone. Pure."""
+    state = _open(books, reservation)
+    seals = []
+    for group, (table, job) in enumerate(zip(state.tables, state.work or (), strict=False)):
+        for index, packed in job.seals:
+            raw = table.ids[index - table.first]
+            twin = books.twins.get((group, raw))
+            if twin is None or not twin.encoded:
+                seals.append(Seal(group, raw, packed))
+    return seals
+
+
 def _seal(books: Books, state: SequenceState, group: int, index: int, packed: int) -> Seal:
     """Puts the packed block in the raw one's place. Both keep a reference until the caller has encoded."""
     table = state.tables[group]
@@ -338,8 +351,9 @@ def _quiet_until(books: Books, state: SequenceState) -> int:
             # the sealing rule first packs block `packed_end` at this length
             until = min(until, (max(table.packed_end, table.sink_end) + 1) * size + spec.recent - 1)
         if spec.window is not None and spec.kind == "sliding":
-            until = min(until, (table.first + 1) * size + spec.window - 2)
+            until = min(until, (table.first + 1) * size + spec.window + spec.margin - 2)
         elif spec.window is not None and spec.kind == "chunked":
             # a chunk that begins behind block `first` releases it
-            until = min(until, -(-(table.first + 1) * size // spec.window) * spec.window - 1)
+            begin = -(-(table.first + 1) * size // spec.window) * spec.window
+            until = min(until, begin + spec.margin - 1)
     return until

@@ -34,7 +34,7 @@ class GroupSpec:
     """A layer group, as far as the books care: what a block weighs, and the rules its blocks live by.
 
     ``packed_block_bytes`` 0: never packed. ``sinks``, ``recent``, ``window``: tokens; ``kind`` as in
-    `formats.first_live`.
+    `formats.first_live`. ``margin``: a window also keeps what it needs to go back by so many tokens.
     """
 
     name: str

@@ -8,8 +8,11 @@ from dataclasses import asdict, dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvfold.engine import Engine, SamplingParams
+from kvfold.engine.loading import parse_recipes
 from kvfold.engine.runner import ModelRunner
-from kvfold.quality.forced import teacher_force
+from kvfold.errors import RequestError
+from kvfold.geometry import Geometry
+from kvfold.quality.forced import Forced, teacher_force
 from kvfold.quality.metrics import agreement
 from kvfold.quality.tasks import Document, demo_document
 from kvfold.recipe import Recipe
@@ -20,7 +23,8 @@ DEMO_RECIPES = ("raw", "int8", "int4", "k4v2", "int2")
 _ANSWER_TOKENS = 16
 _DECODE_STEPS = 48
 _SCORED_FROM = 256  # before that, most of the context is still inside the sinks and the recent window
-_POOL_BYTES = 64 << 20
+_STEP_TOKENS = 512  # of all questions together in one step of the engine
+_POOL_SLACK = 64 << 10
 
 Say = Callable[[str], None]
 
@@ -75,24 +79,37 @@ def run_demo(
 ) -> tuple[Document, list[DemoRow]]:
     """Asks every question of the document under every recipe; ``raw`` always runs first, as the yardstick.
 
-    ``say`` is told what is happening, one line at a time.
+    ``say`` is told what is happening, one line at a time. Raises RequestError for a tokenizer without a chat template
+    or a text the model is too short for, RecipeError or UnsupportedError for a recipe; all before anything runs.
     """
+    parsed = parse_recipes(["raw", *recipes], model)
+    if not tokenizer.chat_template:
+        raise RequestError(
+            "the demo asks questions",
+            why="the tokenizer has no chat template",
+            hint="take a model that is made for chat, or 'bundled'",
+        )
     document = demo_document(seed, target_tokens, lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
     prompts = [_ask(tokenizer, document.text, question) for question, _ in document.facts]
     forced = _transcript(tokenizer, document)
+    longest = max(len(forced) + _DECODE_STEPS, max(map(len, prompts)) + _ANSWER_TOKENS)
+    if longest > (limit := Geometry.from_config(model.config).max_positions):
+        raise RequestError(
+            f"{longest} tokens of document and questions",
+            why=f"the model takes {limit} positions",
+            hint="ask for a shorter document",
+        )
     rows: list[DemoRow] = []
-    reference = None
-    raw_bytes = 0
-    for text in ["raw", *(recipe for recipe in recipes if recipe != "raw")]:
+    reference, raw_bytes = None, 0
+    for text, recipe in parsed.items():
+        pool = _pool_bytes(model, recipe, longest)
         say(f"{text}: reading {len(forced)} tokens")
-        runner = ModelRunner(model, recipe=Recipe.parse(text), kv_memory=_POOL_BYTES, check=reference is None)
-        result = teacher_force(runner, forced, score_from=_SCORED_FROM, decode_steps=_DECODE_STEPS)
-        runner.release()
+        result = _read(model, recipe, pool, forced, check=reference is None)
         if reference is None:
             reference, raw_bytes = result.logits, result.kv_bytes
         against = agreement(reference, result.logits)
         say(f"{text}: answering {len(prompts)} questions")
-        answers = _answers(model, tokenizer, text, prompts, document)
+        answers = _answers(model, tokenizer, recipe, pool, prompts, document)
         if text != "raw" or "raw" in recipes:
             rows.append(
                 DemoRow(
@@ -113,14 +130,34 @@ def run_demo(
     return document, rows
 
 
+def _pool_bytes(model: PreTrainedModel, recipe: Recipe, longest: int) -> int:
+    """Twice what two private sequences of ``longest`` tokens and a step need, raw or under ``recipe``."""
+    geometry, width = Geometry.from_config(model.config), model.dtype.itemsize
+    held = max(geometry.cache_bytes(each, width, [longest] * 2) for each in (Recipe(), recipe))
+    raw_block = sum(group.raw_block_bytes for group in geometry.groups(recipe, width))
+    return 2 * (held + raw_block * (_STEP_TOKENS // recipe.block_size + 1)) + _POOL_SLACK
+
+
+def _read(model: PreTrainedModel, recipe: Recipe, pool: int, tokens: Sequence[int], *, check: bool) -> Forced:
+    """``tokens`` teacher-forced under ``recipe``; the pool is gone afterwards."""
+    runner = ModelRunner(model, recipe=recipe, kv_memory=pool, check=check)
+    try:
+        return teacher_force(runner, tokens, score_from=_SCORED_FROM, decode_steps=_DECODE_STEPS)
+    finally:
+        runner.release()
+
+
 def _answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    recipe: str,
+    recipe: Recipe,
+    pool: int,
     prompts: Sequence[list[int]],
     document: Document,
 ) -> tuple[Answer, ...]:
-    with Engine(model, tokenizer=tokenizer, recipe=recipe, kv_memory=_POOL_BYTES, check=False) as engine:
+    with Engine(
+        model, tokenizer=tokenizer, recipe=recipe, kv_memory=pool, max_batched_tokens=_STEP_TOKENS, check=False
+    ) as engine:
         outputs = engine.generate(list(prompts), SamplingParams(max_tokens=_ANSWER_TOKENS), progress=False)
     return tuple(
         Answer(question, expected, output.text)

@@ -61,13 +61,17 @@ def teacher_force(
 
 
 def _decode_speed(runner: ModelRunner, seq: int, length: int, logits: Tensor, steps: int) -> float:
-    """Tokens per second of ``steps`` greedy steps, from the median step; 0 for no steps."""
+    """Tokens per second of ``steps`` greedy steps, from the median step; 0 for no steps.
+
+    A step ends with its token on the host, which also waits for a GPU to finish.
+    """
     if not steps:
         return 0.0
     times = []
+    token = int(logits.argmax())
     for i in range(steps):
-        token = int(logits.argmax())
         begin = time.perf_counter()
         logits = runner.execute([SeqWork(seq=seq, tokens=[token], start=length + i, salt=b"", sample=True)])[0]
+        token = int(logits.argmax())
         times.append(time.perf_counter() - begin)
     return 1.0 / sorted(times)[steps // 2]
