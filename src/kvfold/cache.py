@@ -112,6 +112,7 @@ class PagedCache:
             self._arena = torch.zeros(self.manager.arena.total_bytes, dtype=torch.uint8, device=self.device)
             self._generation = self.manager.arena.generation
             self._pages = [_group_pages(group, self._arena, dtype) for group in self.groups]
+        self._known: list[dict[int, tuple[int, SequencePages]]] = [{} for _ in self.groups]
         self._decode_tables: list[tuple[_DecodeKey, DecodeTables] | None] = [None] * len(self.groups)
 
     def create(self) -> int:
@@ -129,6 +130,8 @@ class PagedCache:
     def free(self, seq: int) -> None:
         """Ends a sequence and gives its blocks back."""
         self.manager.free(seq)
+        for known in self._known:
+            known.pop(seq, None)
 
     def truncate(self, seq: int, length: int) -> None:
         """Rolls a sequence back to its first ``length`` tokens.
@@ -253,6 +256,14 @@ class PagedCache:
                 zero_blocks(self._arena, offset, pool.block_bytes)
 
     def _sequence_pages(self, g: int, seq: int) -> SequencePages:
+        """A sequence's blocks in a group; made again only when its table has changed."""
+        version = self.manager.table_version(seq)
+        known = self._known[g].get(seq)
+        if known is None or known[0] != version:
+            known = self._known[g][seq] = (version, self._read_table(g, seq))
+        return known[1]
+
+    def _read_table(self, g: int, seq: int) -> SequencePages:
         table = self.manager.table(seq, g)
         size = self.recipe.block_size
         raw = Blocks(self.manager.pool(g, "raw").offset(table.raw_ids), table.raw_block_index * size)
@@ -343,22 +354,22 @@ class Step:
         for bucket in group.decode:
             chosen = q if bucket.rows is None else q.index_select(0, bucket.rows)
             wide = call.latent.query(chosen) if call.latent is not None else chosen
-            out = _finish(attend_decode(wide, index, bucket.pieces, call, registry), call)
+            out = _finish(attend_decode(wide, index, bucket.pieces, call, registry), call, q.dtype)
             if bucket.rows is None:
                 return out
             parts.append((bucket.rows, out))
         for span in group.prefill:
             rows = slice(span.first, span.end)
             piece = attend_prefill(q[rows], k[rows], v[rows], span.start, index, span.past, call, registry)
-            parts.append((rows, _finish(piece, call)))
+            parts.append((rows, _finish(piece, call, q.dtype)))
         out = q.new_empty((q.shape[0], *parts[0][1].shape[1:]))
         for where, part in parts:
             out[where] = part
         return out
 
 
-def _finish(piece: Piece, call: LayerCall) -> Tensor:
-    return (piece if call.sinks is None else with_sinks(piece, call.sinks))[0]
+def _finish(piece: Piece, call: LayerCall, dtype: torch.dtype) -> Tensor:
+    return (piece if call.sinks is None else with_sinks(piece, call.sinks))[0].to(dtype)
 
 
 def group_spec(group: LayerGroup, margin: int = 0) -> GroupSpec:

@@ -22,13 +22,14 @@ def attend_decode(
 
     The query heads that share a KV head are packed into rows, so that keys are read once for the whole group and never
     repeated. Which kernel walks the pages, ``registry`` decides; one that unpacks them unpacks a piece of a layer at a
-    time. Returns ``o [n, Hq, Dv]`` and ``lse [n, Hq]``, sinks not counted.
+    time. Returns ``o [n, Hq, Dv]`` and ``lse [n, Hq]``, float32, sinks not counted.
     """
     n, q_heads = q.shape[0], q.shape[1]
     results: list[Piece] = []
+    wide = q.float()  # rotations and the merge are small: in float32 they are exact enough, and faster than in bfloat16
     for piece in pieces:
         kv_heads = piece.addr.shape[1]
-        rows = piece.rotate_query(q, call.latent).reshape(n, kv_heads, q_heads // kv_heads, -1)
+        rows = piece.rotate_query(wide, call.latent).reshape(n, kv_heads, q_heads // kv_heads, -1)
         pages = PagesCall(
             q=rows,
             arena=piece.store.arena,

@@ -58,4 +58,4 @@ class LatentProjection:
 
     def output(self, o: Tensor) -> Tensor:
         """Attention over latents ``[T, Hq, rank]`` to value heads ``[T, Hq, v]``."""
-        return torch.einsum("thr,hvr->thv", o, self.w_uv)
+        return torch.einsum("thr,hvr->thv", o.to(self.w_uv.dtype), self.w_uv)

@@ -26,15 +26,14 @@ HIDDEN = torch.finfo(torch.bfloat16).min
 class PagesCall:
     """One decode attention: a query per sequence over its pages.
 
-    ``q [n, Hkv, G, Dk]`` in the basis of the stored keys, in the model's dtype: the query heads that share a KV head
-    are rows. ``arena``: uint8 ``[bytes]``. ``addr [n, Hkv, P]``, int64: byte offsets of pages, to each of which
-    ``shift`` is added. ``fmt``: what lies in a page; raw numbers in it are of ``dtype``. ``bias [n, P * S]``, float32,
-    is added to the scores; a token with a bias of ``HIDDEN`` is not seen. ``latent``: keys are wide, their prefix is
-    the value. ``read`` gathers a range of the pages as dense keys and values ``[n, Hkv, pages * S, D]`` of ``dtype``,
-    for whoever cannot walk them.
+    ``q [n, Hkv, G, Dk]`` in the basis of the stored keys, float32: the query heads that share a KV head are rows.
+    ``arena``: uint8 ``[bytes]``. ``addr [n, Hkv, P]``, int64: byte offsets of pages, to each of which ``shift`` is
+    added. ``fmt``: what lies in a page; raw numbers in it are of ``dtype``. ``bias [n, P * S]``, float32, is added to
+    the scores; a token with a bias of ``HIDDEN`` is not seen. ``latent``: keys are wide, their prefix is the value.
+    ``read`` gathers a range of the pages as dense keys and values ``[n, Hkv, pages * S, D]`` of ``dtype``, for whoever
+    cannot walk them.
 
-    The result is ``o [n, Hkv, G, Dv]``, in the dtype of ``q``, in the basis of the stored values, and ``lse
-    [n, Hkv, G]``, float32.
+    The result is ``o [n, Hkv, G, Dv]`` in the basis of the stored values, and ``lse [n, Hkv, G]``, both float32.
     """
 
     q: Tensor
@@ -72,8 +71,8 @@ def _unpack_span(call: PagesCall, pages: slice, registry: OpRegistry) -> Piece:
         size = call.fmt.block_size
         bias = bias[:, pages.start * size : pages.stop * size]
         # float16 ends long before HIDDEN, and a mask must stay finite.
-        least = torch.finfo(call.q.dtype).min
-        bias = (bias.clamp_min(least) if least > HIDDEN else bias).to(call.q.dtype)[:, None, None]
-    dense = DenseCall(q=call.q, k=k, v=v, scale=call.scale, bias=bias, softcap=call.softcap)
-    result: Piece = registry.select("attend_dense", dense).run(dense)
-    return result
+        least = torch.finfo(call.dtype).min
+        bias = (bias.clamp_min(least) if least > HIDDEN else bias).to(call.dtype)[:, None, None]
+    dense = DenseCall(q=call.q.to(call.dtype), k=k, v=v, scale=call.scale, bias=bias, softcap=call.softcap)
+    o, lse = registry.select("attend_dense", dense).run(dense)
+    return o.float(), lse

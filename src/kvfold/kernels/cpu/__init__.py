@@ -87,7 +87,7 @@ def attend(call: PagesCall, variant: int = 0) -> tuple[Tensor, Tensor]:
         bias = bias.float().contiguous()
         if bias.shape != (n, pages * call.fmt.block_size):
             raise ValueError(f"a bias {tuple(bias.shape)} does not fit addresses {tuple(addr.shape)}")
-    q = call.q.float().contiguous()
+    q = call.q.contiguous()
     o = torch.empty((n, heads, group, call.fmt.v.dim), dtype=torch.float32)
     lse = torch.empty((n, heads, group), dtype=torch.float32)
     native.attend_pages(
@@ -95,7 +95,7 @@ def attend(call: PagesCall, variant: int = 0) -> tuple[Tensor, Tensor]:
         0 if bias is None else bias.data_ptr(), o.data_ptr(), lse.data_ptr(), n, heads, group, pages,
         call.scale, torch.get_num_threads(), variant,
     )  # fmt: skip
-    return o.to(call.q.dtype), lse
+    return o, lse
 
 
 @lru_cache(maxsize=256)
