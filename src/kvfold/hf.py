@@ -39,6 +39,8 @@ class KVCache(Cache):
 
     Works for greedy search, sampling, beams, assisted decoding, left-padded batches and further turns on the same
     cache. Padding takes no memory. Raises UnsupportedError with every reason if the model or the recipe cannot work.
+
+    One thread at a time may run a model with a KVCache: for the length of a forward the model attends over its pages.
     """
 
     def __init__(
