@@ -30,6 +30,8 @@ class EngineCore:
         """Requests that have not ended, by id."""
         self.stats = StepStats()
         """What has been done since the start."""
+        self.peak_bytes = 0
+        """Most bytes of the cache that were in use at the end of any step's forward."""
         self._tokenizer = tokenizer
         self._watched: list[Branch] = []  # branches of streamed requests that gained something in this step
         self._ended: list[RequestOutput] = []
@@ -107,7 +109,7 @@ class EngineCore:
             tokens = branch.tokens[start : start + chunk] if chunk > 1 else (branch.tokens[start],)
             items.append(SeqWork(branch.seq, tokens, start, branch.request.salt, sampled))
         try:
-            return self.runner.execute(items)
+            logits = self.runner.execute(items)
         except CacheFullError as error:
             youngest = self.scheduler.running[-1]
             if len(self.scheduler.running) > 1:
@@ -115,6 +117,8 @@ class EngineCore:
             else:
                 self._fail(youngest, error)
             return None
+        self.peak_bytes = max(self.peak_bytes, self.runner.cache.bytes_in_use())
+        return logits
 
     # -- commit
 

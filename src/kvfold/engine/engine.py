@@ -263,6 +263,7 @@ class Engine:
             "copied_blocks": memory.copied_blocks,
             "evicted_blocks": memory.evictions,
             "kv_budget_bytes": usage.budget,
+            "kv_peak_bytes": self._core.peak_bytes,
             "kv_in_use_bytes": usage.in_use,
             "kv_cached_bytes": usage.cached,
         }
