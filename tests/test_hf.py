@@ -139,6 +139,20 @@ def test_packed_recipes_run_in_every_mode_and_are_smaller(llama: PreTrainedModel
     assert packed.kv_bytes == 0
 
 
+@torch.no_grad()
+def test_every_kind_of_layer_attends_over_packed_pages(model: PreTrainedModel) -> None:
+    ids = prompt(1, 150)["input_ids"]
+    wanted = model(ids).logits
+    errors = []
+    for recipe in ("int8,recent=0,sinks=0", "int2,recent=0,sinks=0"):
+        cache = KVCache(model, recipe)
+        model(ids[:, :128], past_key_values=cache)
+        steps = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(128, 150)]
+        errors.append(float((torch.cat(steps, 1) - wanted[:, 128:]).abs().max() / wanted.std()))
+    assert errors[0] < 0.5
+    assert errors[0] < errors[1] / 4 or errors[1] < 1e-3  # coarser codes are really what is read
+
+
 def test_padding_takes_no_memory(llama: PreTrainedModel) -> None:
     cache, alone = KVCache(llama), KVCache(llama)
     llama.generate(**padded([5, 200]), max_new_tokens=2, past_key_values=cache)

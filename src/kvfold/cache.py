@@ -173,7 +173,7 @@ class PagedCache:
         has passed.
 
         ``tokens`` (the new token ids of each sequence, in order) lets full blocks be found again by other sequences
-        that start the same way under the same salt. Whatever can fail comes before the books change: after an error,
+        that start the same way under the same salt. All computing comes before the books change: when it fails,
         :meth:`abandon` still undoes the step.
         """
         self._encode(step.reservations)

@@ -1,4 +1,4 @@
-"""How a transformers model runs on a paged step: the registered attention function, and the load check.
+"""How a transformers model runs on a paged step: the registered attention function, and what a forward needs around it.
 
 The model code is transformers' own. One attention function is registered under the name ``kvfold``; a forward that
 carries a :class:`ModelStep` in its keyword arguments has that function write the new keys and values to the cache and
@@ -254,11 +254,6 @@ class RopeGuard:
             for module in model.modules()
             if _length_dependent(getattr(module, "rope_type", None)) and hasattr(module, "forward")
         ]
-
-    @property
-    def needed(self) -> bool:
-        """Whether the model has such embeddings at all."""
-        return bool(self._hooks)
 
     @contextmanager
     def over(self, segments: Sequence[int]) -> Iterator[None]:

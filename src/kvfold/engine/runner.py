@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,7 +44,6 @@ class ModelRunner:
         *,
         recipe: Recipe,
         kv_memory: int,
-        fingerprint: bytes = b"",
         prefix_caching: bool = True,
         check: bool = True,
     ) -> None:
@@ -56,7 +56,7 @@ class ModelRunner:
             dtype=model.dtype,
             device=model.device,
             kv_memory=kv_memory,
-            fingerprint=fingerprint,
+            fingerprint=hashlib.sha256(model.config.to_json_string().encode()).digest(),
             prefix_caching=prefix_caching,
         )
         self._packed = PackedModel(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,12 +34,11 @@ def teacher_force(
     *,
     score_from: int,
     decode_steps: int = 0,
-    progress: Callable[[int], None] | None = None,
 ) -> Forced:
     """Feeds ``tokens`` to a new sequence and frees it again.
 
     ``score_from``: the first position whose logits are kept. ``decode_steps``: greedy single-token steps timed after
-    the tokens. ``progress`` is told how many tokens are done.
+    the tokens.
     """
     seq = runner.create()
     kept: list[Tensor] = []
@@ -51,8 +50,6 @@ def teacher_force(
             last = logits[-1]
             if start + len(chunk) > score_from:
                 kept.append(logits[max(0, score_from - start) :].clone())
-            if progress is not None:
-                progress(len(chunk))
         kv_bytes = runner.cache.bytes_in_use()
         speed = _decode_speed(runner, seq, len(tokens), last, decode_steps) if last is not None else 0.0
     finally:
