@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvfold.codecs import affine
+from kvfold.codecs.packing import unpack_codes
 from kvfold.codecs.rotation import Rotation, hadamard_matrix
 from kvfold.formats import VectorFormat
 
@@ -112,7 +113,7 @@ def test_encoding_again_never_widens(data, fmt):
 
 def unpacked(codes: Tensor, fmt: VectorFormat) -> Tensor:
     steps = torch.full((codes.shape[0], fmt.dim), -1.0)
-    affine.unpack_codes_into(codes, fmt, steps)
+    unpack_codes(codes, fmt.bits, steps)
     return steps
 
 

@@ -96,7 +96,7 @@ def stored(x: Tensor, fmt: VectorFormat, store: PageStore) -> Tensor:
     """What reading back must give: in the stored basis."""
     if not fmt.quantized:
         return x
-    rotation = store.k_rotation if fmt is store.fmt.k else store.v_rotation
+    rotation = store.k_basis if fmt is store.fmt.k else store.v_basis
     return affine.decode(*affine.encode(rotation.apply(x.float()), fmt), fmt, store.dtype)
 
 
@@ -104,7 +104,7 @@ def assert_stored(found: Tensor, x: Tensor, fmt: VectorFormat, store: PageStore)
     """Bit for bit; after a rotation, a product of other shape may sum in another order, and a code tip over."""
     wanted = stored(x, fmt, store)
     if fmt.quantized and fmt.rotation == "hadamard":
-        _, meta = affine.encode((store.k_rotation if fmt is store.fmt.k else store.v_rotation).apply(x.float()), fmt)
+        _, meta = affine.encode((store.k_basis if fmt is store.fmt.k else store.v_basis).apply(x.float()), fmt)
         room = 2.1 * affine.error_bound(meta, fmt) + 2.0**-7 * wanted.float().abs()
         assert bool(((found.float() - wanted.float()).abs() <= room).all())
     else:
@@ -158,7 +158,7 @@ def test_decoded_pages_are_within_the_bound(case):
     store, size = case.store, case.store.fmt.block_size
     k, v = case.tokens(case.addr.numel(), size)
     store.write_pages(case.addr, k, v)
-    sides = ((store.fmt.k, store.k_rotation, k), (store.fmt.v, store.v_rotation, v))
+    sides = ((store.fmt.k, store.k_basis, k), (store.fmt.v, store.v_basis, v))
     for found, (fmt, rotation, x) in zip(store.decode_pages(case.addr), sides, strict=True):
         assert found.shape == x.shape
         if not fmt.quantized:
@@ -280,7 +280,7 @@ def test_rows_are_rotated_in_float32():
     addr = torch.arange(4) * fmt.page_bytes
     k, v = torch.randn(2, 4, 32, 64, generator=torch.Generator().manual_seed(9)).bfloat16()
     store.write_pages(addr, k, v)
-    wanted = affine.decode(*affine.encode(store.v_rotation.apply(v.float()), fmt.v), fmt.v, torch.bfloat16)
+    wanted = affine.decode(*affine.encode(store.v_basis.apply(v.float()), fmt.v), fmt.v, torch.bfloat16)
     assert float((store.read_v(addr).view_as(v) == wanted).float().mean()) > 0.99
 
 
@@ -344,10 +344,10 @@ def test_attention_over_pages_needs_no_unrotation(case, causal):
     }
     k_pages = store.read_k(table).view(heads * columns, size, -1)
     v_pages = store.read_v(table).view(heads * columns, size, -1)
-    o, lse = paged_attend(store.k_rotation.apply(q), k_pages, v_pages, **rules)
+    o, lse = paged_attend(store.k_basis.apply(q), k_pages, v_pages, **rules)
     o_plain, lse_plain = paged_attend(q, *store.decode_pages(table), **rules)
     room = 1e-5 if store.dtype == torch.float32 else 0.03
-    torch.testing.assert_close(store.v_rotation.undo(o), o_plain, atol=room, rtol=room)
+    torch.testing.assert_close(store.v_basis.undo(o), o_plain, atol=room, rtol=room)
     torch.testing.assert_close(lse, lse_plain, atol=room, rtol=room)
 
 

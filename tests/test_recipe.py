@@ -94,7 +94,7 @@ def test_str_is_the_short_form(text, canonical):
         ("int4,rotation=hadamar", "'hadamar'", "did you mean 'hadamard'"),
         ("int4+snapkv(keep=0.25)", "'snapkv'", "known: raw, int8"),
         ("int4+exact", "'exact'", "known: raw"),
-        ("int2:calibrated(file.bin)", "'calibrated'", "known"),
+        ("int2:calibrate(file.bin)", "'calibrate'", "calibrated"),
         ("int4,sinks=4,sinks=4", "'sinks'", ""),
         ("int4,sinks", "'sinks'", "sinks="),
         ("int4,sinks=-1", "'-1'", ""),

@@ -7,43 +7,8 @@ their name into training and held-out text, the same way on every machine.
 from __future__ import annotations
 
 import ast
-import hashlib
-import sysconfig
-from pathlib import Path
 
-from kvfold.quality.tasks import real_text
-
-# Tables and generated code teach nothing about text; third-party packages have other licences.
-_SKIP = (
-    "site-packages",
-    "test/",
-    "tests/",
-    "encodings/",
-    "idlelib/",
-    "lib2to3/",
-    "pydoc_data/",
-    "lib-dynload/",
-    "turtledemo/",
-)
-
-
-def is_heldout_file(name: str) -> bool:
-    """Whether a standard library file is kept for measuring perplexity (about one in forty)."""
-    return hashlib.sha256(name.encode()).digest()[0] < 6
-
-
-def library_files() -> list[tuple[str, str]]:
-    """The standard library's sources as ``(relative name, text)``, in a fixed order."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    found: list[tuple[str, str]] = []
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root).as_posix()
-        if any(part in name for part in _SKIP):
-            continue
-        text = path.read_text(encoding="utf-8", errors="ignore")
-        if len(text) > 400:
-            found.append((name, text))
-    return found
+from kvfold.quality.tasks.text import is_heldout_file, library_files, real_text
 
 
 def docstrings(source: str) -> str:

@@ -16,18 +16,19 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from corpus import training_texts
-from kvfold.quality.tasks import (
-    ADJECTIVES,
-    NOUNS,
+from kvfold.quality.tasks.counting import common_words_document, frequent_words_document
+from kvfold.quality.tasks.documents import (
     Document,
+    Fact,
+    chain_document,
     copy_document,
     kv_document,
-    multi_question,
+    multivalue_document,
     needle_document,
-    passages_of,
-    real_text,
-    trace_document,
 )
+from kvfold.quality.tasks.samples import join_facts
+from kvfold.quality.tasks.text import passages_of, real_text
+from kvfold.quality.tasks.words import ADJECTIVES, NOUNS
 
 Ids = NDArray[np.int64]
 Weights = NDArray[np.float32]
@@ -35,20 +36,24 @@ Weights = NDArray[np.float32]
 #  Weights of a token of ordinary text, of a repeated span, of a repeated value, and of an answer.  Only a tenth of a
 # conversation is answer,  so these make the three kinds of sequence weigh about the same.
 TEXT_WEIGHT, SPAN_WEIGHT, ECHO_WEIGHT, ANSWER_WEIGHT = 0.3, 1.0, 1.0, 1.0
+# Kinds whose facts stand in real text.
+_IN_TEXT = ("needle", "multiquery", "multivalue")
 
 
 @dataclass(slots=True)
 class Mixture:
     """How often each kind of sequence is drawn; the sum need not be one."""
 
-    single: float = 3.0
-    multi: float = 1.5
-    needle: float = 2.0
-    trace: float = 0.8
-    copy: float = 0.5
+    kv: float = 2.0
+    needle: float = 1.5
+    multiquery: float = 1.5
+    multivalue: float = 0.7
+    chain: float = 1.5
+    count: float = 0.5
+    copy: float = 0.4
     text: float = 2.5
-    spans: float = 1.0
-    echo: float = 1.0
+    spans: float = 0.2
+    echo: float = 0.5
 
 
 @dataclass(slots=True)
@@ -91,7 +96,7 @@ class Source:
         if kind == "echo":
             return self._echo(length, rng)
         ids = np.asarray(self._conversation(kind, length, rng)[:length], np.int64)
-        weights = self._weights(ids, TEXT_WEIGHT if kind == "needle" else 0.0)
+        weights = self._weights(ids, TEXT_WEIGHT if kind in _IN_TEXT else 0.0)
         short = length - len(ids)
         return (
             np.pad(ids, (0, short), constant_values=self.tokenizer.pad_token_id),
@@ -145,42 +150,48 @@ class Source:
 
     def _conversation(self, kind: str, length: int, rng: random.Random) -> list[int]:
         """A document with as many questions as fit in ``length`` tokens, rendered by the chat template."""
-        # The part of the window that is document: mostly large, so that answers are far from their facts.
-        share = rng.uniform(0.4, 0.85)
-        target, seed = int(length * share), rng.randrange(1 << 40)
-        facts = rng.randint(4, max(5, length // 50)) if kind == "needle" else 0
-        build: dict[str, Callable[[], Document]] = {
-            "single": lambda: kv_document(seed, target, self.count, "train"),
-            "multi": lambda: kv_document(seed, target, self.count, "train"),
-            "trace": lambda: trace_document(seed, target, self.count, "train"),
-            "copy": lambda: copy_document(seed, target, self.count, "train"),
-            "needle": lambda: needle_document(
-                seed, target, self.count, "train", facts=facts, passages=self._some_passages(length, rng)
-            ),
-        }
-        document = build[kind]()
+        document = self._document(kind, length, rng)
         room = length - self.count(document.text) - 8
         messages: list[dict[str, str]] = []
-        for question, answer in self._questions(kind, document, rng):
-            content = question if messages else f"{document.text}\n\n{question}"
-            messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
-            room -= self.count(question) + self.count(answer) + 6
+        for fact in self._questions(kind, document, rng):
+            content = fact.question if messages else f"{document.text}\n\n{fact.question}"
+            messages += [{"role": "user", "content": content}, {"role": "assistant", "content": fact.answer}]
+            room -= self.count(fact.question) + self.count(fact.answer) + 6
             if room <= 0:
                 break
         return list(self.tokenizer.apply_chat_template(messages)["input_ids"])
+
+    def _document(self, kind: str, length: int, rng: random.Random) -> Document:
+        # The part of the window that is document: mostly large, so that answers are far from their facts.
+        target, seed = int(length * rng.uniform(0.4, 0.85)), rng.randrange(1 << 40)
+        facts = rng.randint(4, max(5, length // 50)) if kind in _IN_TEXT else 0
+        if kind == "needle" and rng.random() < 0.4:
+            facts = 1  # a lone fact in much text is a task of its own
+        passages = self._some_passages(length, rng) if kind in _IN_TEXT else ()
+        counted = rng.choice((common_words_document, frequent_words_document))
+        build: dict[str, Callable[[], Document]] = {
+            "kv": lambda: kv_document(seed, target, self.count, "train"),
+            "chain": lambda: chain_document(seed, target, self.count, "train", hops=(1, 2)),
+            "copy": lambda: copy_document(seed, target, self.count, "train"),
+            "count": lambda: counted(seed, int(length * 0.85), self.count),
+            "needle": lambda: needle_document(seed, target, self.count, "train", facts, passages),
+            "multiquery": lambda: needle_document(seed, target, self.count, "train", facts, passages),
+            "multivalue": lambda: multivalue_document(seed, target, self.count, "train", 1 + facts // 6, passages),
+        }
+        return build[kind]()
 
     def _some_passages(self, length: int, rng: random.Random) -> Sequence[str]:
         return rng.sample(self.passages, 2 + length // 100)
 
     @staticmethod
-    def _questions(kind: str, document: Document, rng: random.Random) -> list[tuple[str, str]]:
-        order = rng.sample(range(len(document.facts)), len(document.facts))
-        if kind != "multi":
-            return [document.facts[i] for i in order]
-        out: list[tuple[str, str]] = []
+    def _questions(kind: str, document: Document, rng: random.Random) -> list[Fact]:
+        order = rng.sample(document.facts, len(document.facts))
+        if kind != "multiquery":
+            return order
+        out: list[Fact] = []
         while order:
             size = rng.choice((2, 3, 4, 4))
-            out.append(multi_question(document, order[:size]))
+            out.append(join_facts(order[:size]))
             order = order[size:]
         return out
 

@@ -55,13 +55,13 @@ class Scorer:
         for index in range(documents):
             document = demo_document(seed + index, tokens, self.count)
             turns: list[dict[str, str]] = []
-            for question, answer in document.facts:
-                first = {"role": "user", "content": f"{document.text}\n\n{question}"}
-                alone += self.reply([first]) == answer
-                turns.append({"role": "user", "content": question} if turns else first)
+            for fact in document.facts:
+                first = {"role": "user", "content": f"{document.text}\n\n{fact.question}"}
+                alone += self.reply([first]) == fact.answer
+                turns.append({"role": "user", "content": fact.question} if turns else first)
                 reply = self.reply(turns)
                 turns.append({"role": "assistant", "content": reply})
-                together += reply == answer
+                together += reply == fact.answer
                 asked += 1
         return alone / asked, together / asked
 

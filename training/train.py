@@ -1,7 +1,7 @@
 """Train the bundled model, within a given number of minutes, on a CPU or a GPU.
 
 The schedule follows the clock, not a number of steps: the learning rate is constant for the first part of the
-minutes and then falls to nearly zero, and sequences grow from 128 to 2,048 tokens as soon as the answers come right
+minutes and then falls to nearly zero, and sequences grow from 64 to 4,096 tokens as soon as the answers come right
 at one length, or at the latest when that length's share of the time is over.  Interrupted runs go on from the last
 checkpoint in ``--out``.
 """
@@ -38,14 +38,17 @@ class Stage:
     mixture: Mixture
 
 
+_NOTHING = dict.fromkeys(Mixture.__slots__, 0.0)
+
 STAGES = (
     # Looking back has to be learnt first, and from nothing else: in a mixture its signal drowns.
-    Stage(64, 0.15, Mixture(single=0, multi=0, needle=0, trace=0, copy=0, text=0, spans=1, echo=0)),
-    Stage(128, 0.27, Mixture(single=3, multi=0.3, needle=1.0, trace=0.0, copy=0.5, text=0.7, spans=1, echo=2)),
-    Stage(256, 0.36, Mixture(single=3, multi=1.0, needle=1.5, trace=0.4, copy=0.4, text=1.5, spans=0.5, echo=1.5)),
-    Stage(512, 0.48, Mixture(single=3, multi=1.5, needle=2.0, trace=0.6, copy=0.4, text=2.0, spans=0.3, echo=1)),
-    Stage(1024, 0.66, Mixture(single=3, multi=1.7, needle=2, trace=0.7, copy=0.4, text=2.5, spans=0.1, echo=0.5)),
-    Stage(2048, 1.01, Mixture(single=2.5, multi=2.0, needle=2, trace=0.8, copy=0.3, text=4, spans=0.1, echo=0.2)),
+    Stage(64, 0.15, Mixture(**_NOTHING | {"spans": 1.0})),
+    Stage(128, 0.25, Mixture(**_NOTHING | {"kv": 3, "needle": 1, "copy": 0.5, "text": 0.7, "spans": 1, "echo": 2})),
+    Stage(256, 0.34, Mixture(kv=2, chain=2, text=2, spans=0.4, echo=1.2)),
+    Stage(512, 0.44, Mixture(kv=2, chain=2, text=2)),
+    Stage(1024, 0.56, Mixture(text=3, spans=0.1)),
+    Stage(2048, 0.80, Mixture(text=3.5, spans=0.1, echo=0.2)),
+    Stage(4096, 1.01, Mixture(text=3.5, spans=0.1, echo=0.2)),
 )
 #: Sequences in a batch, by length.
 ROWS = {64: 32, 128: 16, 256: 16, 512: 8, 1024: 8, 2048: 4, 4096: 2}
@@ -131,7 +134,7 @@ def loss_of(model: Decoder, ids: Tensor, weights: Tensor) -> tuple[Tensor, float
 
 @torch.no_grad()
 def recall(
-    model: Decoder, tokenizer: PreTrainedTokenizerBase, task: str, length: int, count: int = 16, seed: int = 10_000
+    model: Decoder, tokenizer: PreTrainedTokenizerBase, task: str, length: int, count: int = 10, seed: int = 10_000
 ) -> float:
     """Share of held-out samples whose every answer token is the most likely one (greedy decoding is right)."""
     device = model.embed.device
@@ -166,7 +169,7 @@ def main() -> None:
     parser.add_argument("--stage", type=int, help="go on in this stage, whatever the checkpoint says")
     parser.add_argument("--compile", action="store_true", help="compile the layers (needs a C++ compiler)")
     parser.add_argument("--save-every", type=float, default=2.0, help="minutes between checkpoints")
-    parser.add_argument("--score-every", type=float, default=3.0, help="minutes between held-out scores")
+    parser.add_argument("--score-every", type=float, default=5.0, help="minutes between held-out scores")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
@@ -200,8 +203,8 @@ def main() -> None:
         rng = random.Random(f"{arguments.seed}/length/{progress.step}")
         length = stage.length
         if rng.random() < 0.2:
-            # Shorter lengths are kept alive; the last stage also sees a few of twice its length.
-            length = rng.choice([s.length for s in STAGES[: progress.stage + 1]] + [4096] * (stage.length == 2048))
+            # Shorter lengths are kept alive.
+            length = rng.choice([s.length for s in STAGES[: progress.stage + 1]])
         arrays = source.batch(progress.step, length, ROWS[length], stage.mixture)
         ids, weights = (torch.from_numpy(array).to(arguments.device) for array in arrays)
         loss, right, plain = loss_of(model, ids, weights)

@@ -21,9 +21,9 @@ from kvfold.attention.tables import (
     Blocks,
     DecodeBucket,
     DecodeTables,
-    GroupPages,
     RowWrite,
     SequencePages,
+    group_pages,
     past_spans,
     place_rows,
 )
@@ -111,7 +111,7 @@ class PagedCache:
         with torch.inference_mode(False):
             self._arena = torch.zeros(self.manager.arena.total_bytes, dtype=torch.uint8, device=self.device)
             self._generation = self.manager.arena.generation
-            self._pages = [_group_pages(group, self._arena, dtype) for group in self.groups]
+            self._pages = [group_pages(g, self._arena, dtype, recipe.calibration) for g in self.groups]
         self._known: list[dict[int, tuple[int, SequencePages]]] = [{} for _ in self.groups]
         self._decode_tables: list[tuple[_DecodeKey, DecodeTables] | None] = [None] * len(self.groups)
 
@@ -383,14 +383,4 @@ def group_spec(group: LayerGroup, margin: int = 0) -> GroupSpec:
         kind=group.kind,
         window=group.window,
         margin=margin,
-    )
-
-
-def _group_pages(group: LayerGroup, arena: Tensor, dtype: torch.dtype) -> GroupPages:
-    return GroupPages(
-        raw=PageStore(arena, group.raw, dtype),
-        packed=None if group.packed is None else PageStore(arena, group.packed, dtype),
-        kv_heads=group.kv_heads,
-        kind=group.kind,
-        window=group.window,
     )

@@ -10,6 +10,9 @@ A page, in bytes (each region padded to 16, the page to 64)::
 Codes of one token: 8 bits, one byte a dim; 4 bits, byte ``j`` holds dim ``j`` (low nibble) and dim ``j + D'/2``; 2
 bits, byte ``j`` holds dims ``j, j + D'/4, j + 2D'/4, j + 3D'/4`` from low to high bits (``D' = stored_dim``).
 Splitting by halves and quarters means that unpacking needs no interleave.
+
+Banded codes (`BandFormat`) are cut into bands of one width each, the widest first, every band packed as above; their
+meta is one byte a token.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Final, Literal, NamedTuple
+from typing import ClassVar, Final, Literal, NamedTuple
 
 from kvfold.errors import BudgetError
 
@@ -25,6 +28,7 @@ __all__ = [
     "PAGE_ALIGN",
     "REGION_ALIGN",
     "TABLE_ENTRY_BYTES",
+    "BandFormat",
     "BlockCounts",
     "PageFormat",
     "Rotation",
@@ -116,12 +120,53 @@ class VectorFormat:
 
 
 @dataclass(frozen=True, slots=True)
+class BandFormat:
+    """How a key or value vector of ``dim`` numbers is stored in a calibrated basis that is sorted by importance.
+
+    ``bands``: ``(bits, dims)`` from the leading dims on, bits falling; what is left of ``dim`` is dropped. Steps are
+    static and belong to the basis, so the only meta is one byte a token: how far its codes are stretched.
+    """
+
+    dim: int
+    bands: tuple[tuple[int, int], ...]
+
+    quantized: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        widths = [bits for bits, _ in self.bands]
+        if not self.bands or any(bits not in _QUANTIZED_BITS for bits in widths) or sorted(widths)[::-1] != widths:
+            raise ValueError(f"bands must have falling widths of 8, 4 and 2 bits, got {self.bands}")
+        if any(dims < 1 or dims * bits % 8 for bits, dims in self.bands) or self.stored_dim > self.dim:
+            raise ValueError(f"bands must fill whole bytes and no more than {self.dim} dims, got {self.bands}")
+
+    @property
+    def stored_dim(self) -> int:
+        """Dims that are kept: the rank."""
+        return sum(dims for _, dims in self.bands)
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of one token's codes."""
+        return sum(bits * dims for bits, dims in self.bands) // 8
+
+    @property
+    def meta_bytes(self) -> int:
+        """The byte of the stretch."""
+        return 1
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes one token takes, codes and meta, without the padding of the page."""
+        return self.code_bytes + self.meta_bytes
+
+
+@dataclass(frozen=True, slots=True)
 class PageFormat:
     """The layout of a page: ``block_size`` tokens of one KV head in one layer, keys then values."""
 
     block_size: int
-    k: VectorFormat
-    v: VectorFormat
+    k: VectorFormat | BandFormat
+    v: VectorFormat | BandFormat
 
     def __post_init__(self) -> None:
         if self.block_size < 1:

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from kvfold.calibration import Calibration
 from kvfold.errors import ModelError
-from kvfold.formats import TABLE_ENTRY_BYTES, PageFormat, VectorFormat, block_counts
+from kvfold.formats import TABLE_ENTRY_BYTES, BandFormat, PageFormat, VectorFormat, block_counts
 from kvfold.layers import LayerGeometry, LayerKind, read_layers, read_refusals
-from kvfold.recipe import Recipe
+from kvfold.recipe import CALIBRATION_FILE, Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -116,26 +117,46 @@ class Geometry:
             refusals=tuple(read_refusals(config, text)),
         )
 
-    def unsupported(self) -> list[str]:
-        """Every reason why no recipe can serve this model; empty when it can be served."""
+    def unsupported(self, recipe: Recipe | None = None) -> list[str]:
+        """Every reason why ``recipe`` (None: any recipe) cannot serve this model; empty when it can be served."""
         reasons = list(self.refusals)
         recurrent = [str(layer.index) for layer in self.layers if layer.kind == "recurrent"]
         if recurrent:
             reasons.append(f"layers {', '.join(recurrent)} keep a recurrent state, which is not paged")
         if not reasons and not any(layer.stores for layer in self.layers):
             reasons.append("no layer keeps keys and values")
+        if recipe is not None and recipe.calibration is not None:
+            reasons += self._calibration_refusals(recipe.calibration)
+        return reasons
+
+    def _calibration_refusals(self, path: str) -> list[str]:
+        if not path:
+            return [f"no {CALIBRATION_FILE} lies beside its weights: make it (kvfold calibrate) or name one"]
+        try:
+            calibration = Calibration.load(path)
+        except ModelError as error:
+            return [str(error)]
+        reasons = []
+        stored = [layer for layer in self.layers if layer.stores]
+        latent = [str(layer.index) for layer in stored if layer.kind == "latent"]
+        if latent:
+            reasons.append(f"layers {', '.join(latent)} keep latents, for which there is no calibrated code")
+        elif [layer.index for layer in stored] != list(calibration.layers):
+            reasons.append(f"the calibration {path} is of a model with other layers")
+        elif any(
+            calibration.shape(layer.index, "k") != (layer.kv_heads, layer.k_dim)
+            or calibration.shape(layer.index, "v") != (layer.kv_heads, layer.v_dim)
+            for layer in stored
+        ):
+            reasons.append(f"the calibration {path} is of a model with other heads")
         return reasons
 
     def groups(self, recipe: Recipe, dtype_bytes: int = 2) -> tuple[LayerGroup, ...]:
         """The layer groups under ``recipe``, by first layer; ``dtype_bytes``: width of the model dtype."""
         groups = []
-        for name, members in self._alike().items():
+        for name, (members, packed) in self._alike(recipe, dtype_bytes).items():
             first = members[0]
             raw = VectorFormat.raw(first.k_dim, dtype_bytes), VectorFormat.raw(first.v_dim, dtype_bytes)
-            packed = (
-                recipe.packed_format(first.k_dim, recipe.k_bits, dtype_bytes),
-                recipe.packed_format(first.v_dim, recipe.v_bits, dtype_bytes),
-            )
             group = LayerGroup(
                 name=name,
                 layers=tuple(layer.index for layer in members),
@@ -180,18 +201,53 @@ class Geometry:
         groups = self.groups(recipe or Recipe(), dtype_bytes)
         return sum(group.sequence_bytes(length) for group in groups for length in lengths)
 
-    def _alike(self) -> dict[str, list[LayerGeometry]]:
-        """Layers that store, by group name, groups in the order of their first layer."""
-        alike: dict[tuple[LayerKind, int, int, int, int | None], list[LayerGeometry]] = {}
+    def _alike(self, recipe: Recipe, dtype_bytes: int) -> dict[str, tuple[list[LayerGeometry], _Packed]]:
+        """Layers that store and live alike, and their packed formats, by group name; in the order of first layers."""
+        alike: dict[tuple[object, ...], list[LayerGeometry]] = {}
+        packed: dict[tuple[object, ...], _Packed] = {}
+        formats = _packed_formats([layer for layer in self.layers if layer.stores], recipe, dtype_bytes)
         for layer in self.layers:
             if layer.stores:
-                key = (layer.kind, layer.kv_heads, layer.k_dim, layer.v_dim, layer.window)
+                own = formats[layer.index]
+                key = (layer.kind, layer.kv_heads, layer.k_dim, layer.v_dim, layer.window, own)
                 alike.setdefault(key, []).append(layer)
-        short = [_short_name(kind, window) for kind, *_, window in alike]
+                packed[key] = own
         return {
-            name if short.count(name) == 1 else f"{name}-{heads}x{k_dim}+{v_dim}": layers
-            for name, ((_, heads, k_dim, v_dim, _), layers) in zip(short, alike.items(), strict=True)
+            name: (members, packed[key])
+            for name, (key, members) in zip(_names(list(alike.values())), alike.items(), strict=True)
         }
+
+
+_Packed = tuple[VectorFormat | BandFormat, VectorFormat | BandFormat]
+
+
+def _packed_formats(layers: Sequence[LayerGeometry], recipe: Recipe, dtype_bytes: int) -> dict[int, _Packed]:
+    """How each layer's keys and values look packed."""
+    if recipe.calibration is None:
+        return {
+            layer.index: (
+                recipe.packed_format(layer.k_dim, recipe.k_bits, dtype_bytes),
+                recipe.packed_format(layer.v_dim, recipe.v_bits, dtype_bytes),
+            )
+            for layer in layers
+        }
+    calibration = Calibration.load(recipe.calibration)
+    keys, values = calibration.bands("k", recipe.k_bits or 0), calibration.bands("v", recipe.v_bits or 0)
+    return {
+        layer.index: (BandFormat(layer.k_dim, keys[layer.index]), BandFormat(layer.v_dim, values[layer.index]))
+        for layer in layers
+    }
+
+
+def _names(groups: Sequence[Sequence[LayerGeometry]]) -> list[str]:
+    """A name for each group: as short as tells them apart."""
+    firsts = [members[0] for members in groups]
+    short = [_short_name(layer.kind, layer.window) for layer in firsts]
+    wide = [f"{name}-{x.kv_heads}x{x.k_dim}+{x.v_dim}" for name, x in zip(short, firsts, strict=True)]
+    return [
+        a if short.count(a) == 1 else b if wide.count(b) == 1 else f"{a}@{layer.index}"
+        for a, b, layer in zip(short, wide, firsts, strict=True)
+    ]
 
 
 def _short_name(kind: LayerKind, window: int | None) -> str:

@@ -2,11 +2,13 @@
 
 ``Recipe.parse(text)`` and ``str(recipe)`` are inverse. The grammar::
 
-    recipe  = word { "," option "=" value } word    = "raw" | "int8" | "int4" | "int2" | "k" bits "v" bits        bits
-    = 16 | 8 | 4 | 2   (16: that side stays raw) option  = "sinks" | "recent" | "block" | "group" | "rotation"
+    recipe  = word [ ":calibrated" [ "(" file ")" ] ] { "," option "=" value }
+    word    = "raw" | "int8" | "int4" | "int2" | "k" bits "v" bits
+    bits    = 16 | 8 | 4 | 2   (16: that side stays raw)
+    option  = "sinks" | "recent" | "block" | "group" | "rotation"
 
-``+word(args)`` and ``:word`` are kept free for further axes; a word that is not known is refused by name, never
-ignored.
+With ``:calibrated``, bits are the average over all dims and layers, in eighths: ``int2.5:calibrated``. ``+word(args)``
+is kept free for further axes; a word that is not known is refused by name, never ignored.
 """
 
 from __future__ import annotations
@@ -15,17 +17,22 @@ import difflib
 import hashlib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Final, Protocol
 
 from kvfold.errors import RecipeError
 from kvfold.formats import Rotation, VectorFormat
 
-__all__ = ["Recipe"]
+__all__ = ["CALIBRATION_FILE", "Recipe"]
+
+CALIBRATION_FILE: Final = "calibration.safetensors"
+"""The calibration that lies beside a model's weights, which ``:calibrated`` without a file means."""
 
 _RAW_WIDTH: Final = 16  # how the text form writes "not quantized" in kXvY
 _BITS: Final = (8, 4, 2)
 _WORDS: Final = ("raw", "int8", "int4", "int2", "kXvY")
+_LEAST_BITS: Final = 0.5  # of a calibrated side
 _ROTATIONS: Final[tuple[Rotation, ...]] = ("hadamard", "none")
 _OPTIONS: Final = {
     "sinks": "sinks",
@@ -43,7 +50,7 @@ _PIECE: Final = re.compile(r"\s*([,:+]?)\s*([^,:+()]*?)\s*(\([^()]*\))?\s*(?=[,:
 class _Geometry(Protocol):
     """The part of :class:`kvfold.geometry.Geometry` a recipe asks."""
 
-    def unsupported(self) -> list[str]: ...
+    def unsupported(self, recipe: Recipe | None = None) -> list[str]: ...
 
 
 def _unknown(kind: str, word: str, known: Iterable[str], text: str) -> RecipeError:
@@ -62,21 +69,31 @@ class Recipe:
     ``k_bits``, ``v_bits``: width of a packed code (8, 4, 2), None keeps that side in the model dtype. ``rotation``:
     the orthogonal basis codes are taken in. ``sinks``, ``recent``: tokens at the start and at the end of a sequence
     that stay raw. ``block_size``: tokens a block holds. ``group``: dims sharing one scale and zero (at most the head
-    dim).
+    dim). ``calibration``: a file that ``kvfold calibrate`` made, whose bases take the place of the rotation, with
+    ``k_bits`` and ``v_bits`` as averages; ``""`` means the one beside the model's weights (see :meth:`located`).
     """
 
-    k_bits: int | None = None
-    v_bits: int | None = None
+    k_bits: float | None = None
+    v_bits: float | None = None
     rotation: Rotation = "hadamard"
     sinks: int = 4
     recent: int = 64
     block_size: int = 32
     group: int = 128
+    calibration: str | None = None
 
     def __post_init__(self) -> None:
         for side, bits in (("k_bits", self.k_bits), ("v_bits", self.v_bits)):
-            if bits is not None and (isinstance(bits, bool) or bits not in _BITS):
-                raise RecipeError(f"bad recipe field {side}={bits!r}", hint="use 8, 4 or 2; None keeps it raw")
+            if self.calibration is not None:
+                if bits is None or not _LEAST_BITS <= bits <= max(_BITS) or bits * 8 % 1:
+                    why = "calibrated keys and values take an average from 0.5 to 8 bits, in eighths"
+                    raise RecipeError(f"bad recipe field {side}={bits!r}", why=why)
+            elif bits is not None and (isinstance(bits, bool) or bits not in _BITS):
+                hint = "use 8, 4 or 2, None keeps it raw; other averages need a calibration"
+                raise RecipeError(f"bad recipe field {side}={bits!r}", hint=hint)
+        if self.calibration is not None and (self.rotation, self.group) != ("hadamard", 128):
+            why = "calibrated codes bring their own basis and have one scale a token"
+            raise RecipeError("bad recipe: rotation or group with a calibration", why=why, hint="leave them out")
         if self.rotation not in _ROTATIONS:
             raise RecipeError(f"bad recipe field rotation={self.rotation!r}", hint="use " + " or ".join(_ROTATIONS))
         for name, (low, high) in _LIMITS.items():
@@ -93,26 +110,32 @@ class Recipe:
         (_, head, args), rest = pieces[0], pieces[1:]
         if args:
             raise RecipeError(f"bad recipe {text!r}", why=f"{head!r} takes no arguments")
-        k_bits, v_bits = _parse_bits(head, text)
+        calibrated = any(mark == ":" for mark, _, _ in rest)
+        k_bits, v_bits = _parse_bits(head, text, calibrated)
         values: dict[str, int | str] = {}
         for mark, body, args in rest:
             if mark == "+":
                 raise _unknown("word", body, _WORDS, text)
-            if mark == ":":
-                raise _unknown("calibration word", body, (), text)
-            if args:
-                raise RecipeError(f"bad recipe {text!r}", why=f"option {body!r} takes no arguments")
-            name, value = _parse_option(body, text)
+            if mark == ":" and body != "calibrated":
+                raise _unknown("calibration word", body, ("calibrated",), text)
+            if mark == ",":
+                if args:
+                    raise RecipeError(f"bad recipe {text!r}", why=f"option {body!r} takes no arguments")
+                name, value = _parse_option(body, text)
+            else:
+                name, value = "calibration", args[1:-1].strip()
             if name in values:
-                raise RecipeError(f"bad recipe {text!r}", why=f"option {body.split('=')[0].strip()!r} is given twice")
+                raise RecipeError(f"bad recipe {text!r}", why=f"{body.split('=')[0].strip()!r} is given twice")
             values[name] = value
         return cls(k_bits=k_bits, v_bits=v_bits, **values)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         if self.k_bits == self.v_bits:
-            word = "raw" if self.k_bits is None else f"int{self.k_bits}"
+            word = "raw" if self.k_bits is None else f"int{self.k_bits:g}"
         else:
-            word = f"k{self.k_bits or _RAW_WIDTH}v{self.v_bits or _RAW_WIDTH}"
+            word = f"k{self.k_bits or _RAW_WIDTH:g}v{self.v_bits or _RAW_WIDTH:g}"
+        if self.calibration is not None:
+            word += f":calibrated({self.calibration})" if self.calibration else ":calibrated"
         defaults = {field.name: field.default for field in fields(self)}
         options = [
             f"{option}={getattr(self, name)}"
@@ -121,22 +144,32 @@ class Recipe:
         ]
         return ",".join([word, *options])
 
+    @classmethod
+    def of(cls, recipe: Recipe | str, folder: str | Path) -> Recipe:
+        """``recipe``, or the one that a text describes, located in the folder of a model."""
+        return (cls.parse(recipe) if isinstance(recipe, str) else recipe).located(folder)
+
+    def located(self, folder: str | Path) -> Recipe:
+        """This recipe, with the calibration in a model's ``folder`` in place of an unnamed one, if there is one."""
+        file = Path(folder) / CALIBRATION_FILE
+        return replace(self, calibration=str(file)) if self.calibration == "" and file.is_file() else self
+
     @property
     def is_raw(self) -> bool:
         """Whether every number stays in the model dtype, so that nothing is ever packed."""
         return self.k_bits is None and self.v_bits is None
 
-    def packed_format(self, dim: int, bits: int | None, dtype_bytes: int) -> VectorFormat:
+    def packed_format(self, dim: int, bits: float | None, dtype_bytes: int) -> VectorFormat:
         """How a vector of ``dim`` numbers is kept in a packed page at ``bits`` (``k_bits`` or ``v_bits``); None: as
         it is.
         """
         if bits is None:
             return VectorFormat.raw(dim, dtype_bytes)
-        return VectorFormat(dim=dim, bits=bits, quantized=True, group=self.group, rotation=self.rotation)
+        return VectorFormat(dim=dim, bits=int(bits), quantized=True, group=self.group, rotation=self.rotation)
 
     def supports(self, geometry: _Geometry) -> list[str]:
         """Every reason why this recipe cannot serve a model of this geometry; empty when it can."""
-        return list(geometry.unsupported())
+        return list(geometry.unsupported(self))
 
     def fingerprint(self) -> bytes:
         """32 bytes that are equal exactly for equal recipes, for keys of stored blocks."""
@@ -162,19 +195,23 @@ def _split(text: str) -> list[tuple[str, str, str]]:
     return pieces
 
 
-def _parse_bits(word: str, text: str) -> tuple[int | None, int | None]:
+def _parse_bits(word: str, text: str, calibrated: bool) -> tuple[float | None, float | None]:
     """(k_bits, v_bits) of the first word."""
-    if word == "raw":
+    if word == "raw" and not calibrated:
         return None, None
-    if word in ("int8", "int4", "int2"):
-        return int(word[3:]), int(word[3:])
-    match = re.fullmatch(r"k([0-9]+)v([0-9]+)", word, re.ASCII)
+    number = r"([0-9]+(?:\.[0-9]+)?)"
+    match = re.fullmatch(f"int{number}|k{number}v{number}", word, re.ASCII)
     if match is None:
         raise _unknown("word", word, _WORDS, text)
-    widths = [None if width == str(_RAW_WIDTH) else int(width) for width in match.groups()]
-    if any(width is not None and width not in _BITS for width in widths):
-        raise _unknown("word", word, (*_WORDS[:-1], "kXvY with X and Y of 16, 8, 4, 2"), text)
-    return widths[0], widths[1]
+    both, *sides = match.groups()
+    widths = [float(both)] * 2 if both else [float(side) for side in sides]
+    if calibrated:
+        return widths[0], widths[1]
+    if any(width not in ((*_BITS, _RAW_WIDTH) if not both else _BITS) for width in widths):
+        hint = "kXvY with X and Y of 16, 8, 4, 2; other averages with :calibrated"
+        raise _unknown("word", word, (*_WORDS[:-1], hint), text)
+    k_bits, v_bits = (None if width == _RAW_WIDTH else int(width) for width in widths)
+    return k_bits, v_bits
 
 
 def _parse_option(body: str, text: str) -> tuple[str, int | str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -11,10 +12,12 @@ from rich.table import Table
 
 from kvfold.bench.decode import DecodeRow
 from kvfold.formats import format_bytes
+from kvfold.quality.calibrate import CalibrationReport
 from kvfold.quality.demo import DemoRow
+from kvfold.quality.results import Evaluation, Row, TaskScore
 from kvfold.quality.tasks import Document
 
-__all__ = ["bench_report", "demo_report", "stats_report"]
+__all__ = ["bench_report", "calibration_report", "demo_report", "eval_report", "lm_eval_report", "stats_report"]
 
 
 def demo_report(console: Console, document: Document, rows: Sequence[DemoRow], *, answers: bool) -> None:
@@ -87,6 +90,124 @@ def bench_report(console: Console, rows: Sequence[DecodeRow]) -> None:
         f"{rows[0].stream_gb_s:.1f} GB/s. KL: against raw on the first step, over random cache contents.",
         style="dim",
     )
+
+
+def eval_report(console: Console, evaluation: Evaluation) -> None:
+    """What every contestant costs and keeps, then its answers to the tasks."""
+    if not evaluation.rows:
+        return
+    settings = evaluation.settings
+    title = f"{evaluation.model}, {settings['context']:,} tokens, seed {evaluation.seed}"
+    table = _table(title, ("", "bits", "B/token", "smaller", "KL", "p99", "top-1", "Δppl", "tok/s"))
+    generation = _table("Long generation", ("", "KL", "p99", "top-1", "parts at"))
+    for row in evaluation.rows:
+        table.add_row(
+            row.contestant,
+            "" if row.bits_per_value is None else f"{row.bits_per_value:.2f}",
+            f"{row.kv_bytes_per_token:,.0f}",
+            f"{row.compression:.2f}x",
+            _nats(row.kl_mean),
+            _nats(row.kl_p99),
+            f"{row.top1_agreement:.1%}",
+            f"{row.ppl_delta:+.3f}",
+            f"{row.decode_tok_s:.0f}",
+        )
+        if (long := row.generation) is not None:
+            parts = "never" if long.first_divergence >= long.tokens else f"{long.first_divergence:g}"
+            generation.add_row(
+                row.contestant, _nats(long.kl_mean), _nats(long.kl_p99), f"{long.top1_agreement:.1%}", parts
+            )
+    console.print(table)
+    first = evaluation.rows[0]
+    console.print(
+        "KL (nats, mean and 99th percentile), top-1 agreement and perplexity: against raw\n"
+        f"(perplexity {first.ppl - first.ppl_delta:.3f}), over {first.positions:,} teacher-forced tokens of text, "
+        "through the runtime\nthat serves. bits: of a number in a packed block, scales included. B/token: all\n"
+        "bytes allocated for a passage.\n",
+        style="dim",
+    )
+    if generation.row_count and (long := first.generation) is not None:
+        console.print(generation)
+        console.print(
+            f"Raw's own greedy continuations ({long.passages} of {long.tokens:,} tokens), teacher-forced. parts at:\n"
+            "tokens after which a contestant's own greedy generation leaves raw's (median).\n",
+            style="dim",
+        )
+    _print_tasks(console, evaluation.rows)
+
+
+_TASK_COLUMNS = 5
+
+
+def _print_tasks(console: Console, rows: Sequence[Row]) -> None:
+    tasks = list(dict.fromkeys(task for row in rows for task in row.tasks))
+    for start in range(0, len(tasks), _TASK_COLUMNS):
+        some = tasks[start : start + _TASK_COLUMNS]
+        table = _table("Tasks, % right (95 % interval)" if not start else None, ("", *some))
+        for row in rows:
+            table.add_row(row.contestant, *(_score(row.tasks.get(task)) for task in some))
+        console.print(table)
+
+
+def _table(title: str | None, headings: Sequence[str]) -> Table:
+    """The first column names the contestant, the others are figures."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=bool(heading), overflow="fold")
+    return table
+
+
+def _nats(value: float) -> str:
+    return "0" if value == 0 else f"{value:.1e}" if value < 1e-4 else f"{value:.4f}"
+
+
+def _score(score: TaskScore | None) -> str:
+    return "" if score is None else f"{100 * score.score:.0f} ({100 * score.low:.0f}–{100 * score.high:.0f})"
+
+
+def calibration_report(console: Console, report: CalibrationReport) -> None:
+    """Where the energy lies and what bits would cost, and a recipe to paste."""
+    table = _table(
+        f"{report.tokens:,} tokens, {report.entropy:.2f} nats each",
+        ("layer", "99 % of K in", "99 % of V in", "K at 3 bits", "V at 3 bits"),
+    )
+    for layer in report.layers:
+        table.add_row(
+            str(layer.layer),
+            f"{layer.k_rank} of {layer.k_dim}",
+            f"{layer.v_rank} of {layer.v_dim}",
+            *(" ".join(f"{dims}x{bits}" for bits, dims in bands) for bands in (layer.k_bands, layer.v_bands)),
+        )
+    console.print(table)
+    table = _table("Predicted KL per token, if all of a context is packed", ("bits", "of K", "of V"))
+    for bits, (keys, values) in report.costs.items():
+        table.add_row(bits, f"{keys:.4f}", f"{values:.4f}")
+    console.print(table)
+    console.print(f"int2.5:calibrated({report.file})", highlight=False, soft_wrap=True)
+
+
+def lm_eval_report(console: Console, outcome: Mapping[str, Any]) -> None:
+    """The harness' tasks and metrics, a row each, with a column for each recipe: value ± standard error."""
+    recipes: Mapping[str, Any] = outcome["recipes"]
+    table = _table(f"{outcome['model']}, lm-eval {outcome['lm_eval']}", ("", "metric", *recipes))
+    results = {recipe: {**found["results"], **found.get("groups", {})} for recipe, found in recipes.items()}
+    for task, metrics in next(iter(results.values())).items():
+        for name in metrics:
+            metric, comma, kind = name.partition(",")
+            if comma and not metric.endswith("_stderr"):
+                error = f"{metric}_stderr,{kind}"
+                figures = (_harness_value(found[task].get(name), found[task].get(error)) for found in results.values())
+                table.add_row(task, metric if kind == "none" else f"{metric} ({kind})", *figures)
+    table.add_row("", "cache at most", *(format_bytes(found["kv_peak_bytes"]) for found in recipes.values()))
+    console.print(table)
+    if outcome["limit"] is not None:
+        console.print(f"The first {outcome['limit']} documents of each task only: no result to publish.", style="dim")
+
+
+def _harness_value(value: object, error: object) -> str:
+    if not isinstance(value, int | float):
+        return "" if value is None else str(value)
+    return f"{value:.4g} ± {error:.2g}" if isinstance(error, int | float) else f"{value:.4g}"
 
 
 def stats_report(console: Console, stats: Mapping[str, object]) -> None:

@@ -29,7 +29,7 @@ def attend_decode(
     wide = q.float()  # rotations and the merge are small: in float32 they are exact enough, and faster than in bfloat16
     for piece in pieces:
         kv_heads = piece.addr.shape[1]
-        rows = piece.rotate_query(wide, call.latent).reshape(n, kv_heads, q_heads // kv_heads, -1)
+        rows = piece.rotate_query(wide, layer_in_group, call.latent).reshape(n, kv_heads, q_heads // kv_heads, -1)
         pages = PagesCall(
             q=rows,
             arena=piece.store.arena,
@@ -44,6 +44,6 @@ def attend_decode(
             latent=call.latent is not None,
         )
         o, lse = registry.select("attend_pages", pages).run(pages)
-        o = piece.unrotate_output(o.reshape(n, q_heads, -1), call.latent)
+        o = piece.unrotate_output(o.reshape(n, q_heads, -1), layer_in_group, call.latent)
         results.append((o, lse.reshape(n, q_heads)))
     return merge(results)

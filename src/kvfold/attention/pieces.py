@@ -79,17 +79,18 @@ class PagePiece:
             return wide, wide
         return k, v
 
-    def rotate_query(self, q: Tensor, latent: LatentProjection | None) -> Tensor:
-        """``q [..., D]`` taken to the basis of the stored keys: one small product instead of one for each key."""
+    def rotate_query(self, q: Tensor, layer_in_group: int, latent: LatentProjection | None) -> Tensor:
+        """``q [..., Hq, D]`` taken to the basis of the stored keys: one small product instead of one for each key."""
+        keys, values = self.store.k_basis, self.store.v_basis
         if latent is not None:
             head, tail = q.split((latent.rank, latent.rope), dim=-1)
-            return torch.cat((self.store.k_rotation.apply(head), self.store.v_rotation.apply(tail)), dim=-1)
-        return self.store.k_rotation.apply(q)
+            return torch.cat((keys.query(head, layer_in_group), values.query(tail, layer_in_group)), dim=-1)
+        return keys.query(q, layer_in_group)
 
-    def unrotate_output(self, o: Tensor, latent: LatentProjection | None) -> Tensor:
-        """Output ``[..., Dv]`` taken back from the basis of the stored values (for latents, expanded to value
+    def unrotate_output(self, o: Tensor, layer_in_group: int, latent: LatentProjection | None) -> Tensor:
+        """Output ``[..., Hq, Dv]`` taken back from the basis of the stored values (for latents, expanded to value
         heads).
         """
         if latent is not None:
-            return latent.output(self.store.k_rotation.undo(o[..., : latent.rank]))
-        return self.store.v_rotation.undo(o)
+            return latent.output(self.store.k_basis.output(o[..., : latent.rank], layer_in_group))
+        return self.store.v_basis.output(o, layer_in_group)

@@ -104,11 +104,11 @@ def _fresh_piece(
 def _past_piece(
     q: Tensor, start: int, layer_in_group: int, span: PastSpan, call: LayerCall, registry: OpRegistry
 ) -> Piece:
-    count, q_heads, dim = q.shape
+    count, q_heads = q.shape[:2]
     kv_heads = span.piece.addr.shape[1]
     group = q_heads // kv_heads
-    rows = span.piece.rotate_query(q, call.latent).reshape(count, kv_heads, group, dim)
-    rows = rows.permute(1, 2, 0, 3).reshape(1, kv_heads, group * count, dim)
+    rows = span.piece.rotate_query(q, layer_in_group, call.latent).reshape(count, kv_heads, group, -1)
+    rows = rows.permute(1, 2, 0, 3).reshape(1, kv_heads, group * count, -1)
     k, v = (x[:, :, : span.valid] for x in span.piece.read(layer_in_group, call.latent))
     bias = None
     if call.local:
@@ -118,7 +118,7 @@ def _past_piece(
     dense = DenseCall(q=rows, k=k, v=v, scale=call.scale, bias=bias, softcap=call.softcap)
     o, lse = registry.select("attend_dense", dense).run(dense)
     o = o.reshape(q_heads, count, -1).transpose(0, 1)
-    return span.piece.unrotate_output(o, call.latent), lse.reshape(q_heads, count).transpose(0, 1)
+    return span.piece.unrotate_output(o, layer_in_group, call.latent), lse.reshape(q_heads, count).transpose(0, 1)
 
 
 def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:

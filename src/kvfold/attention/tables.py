@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from kvfold.attention.pieces import PagePiece
 from kvfold.attention.prefill import SPAN_PAGES, PastSpan
+from kvfold.codecs.calibrated import calibrated_bases
 from kvfold.codecs.pages import PageStore
+from kvfold.geometry import LayerGroup
 from kvfold.kernels.pages import HIDDEN
 
 __all__ = [
@@ -25,6 +28,7 @@ __all__ = [
     "GroupPages",
     "RowWrite",
     "SequencePages",
+    "group_pages",
     "past_spans",
     "place_rows",
 ]
@@ -76,6 +80,20 @@ class GroupPages:
         """Page addresses ``[..., Hkv, P]`` in the group's first layer, of blocks at ``offset [..., P]``."""
         heads = np.arange(self.kv_heads, dtype=np.int64)[:, None] * store.fmt.page_bytes
         return torch.from_numpy(offset[..., None, :] + heads).to(store.arena.device)
+
+
+def group_pages(group: LayerGroup, arena: Tensor, dtype: torch.dtype, calibration: str | None) -> GroupPages:
+    """The stores of a group in ``arena``, the packed one with the bases of ``calibration`` where there is one."""
+    packed = group.packed
+    store = partial(PageStore, arena, dtype=dtype, heads=group.kv_heads, layers=len(group.layers))
+    bases = calibrated_bases(calibration, group.layers, packed, arena.device) if calibration and packed else None
+    return GroupPages(
+        raw=store(group.raw),
+        packed=None if packed is None else store(packed, bases=bases),
+        kv_heads=group.kv_heads,
+        kind=group.kind,
+        window=group.window,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +221,7 @@ class RowWrite:
         if self.rows is not None:
             k, v = k.index_select(0, self.rows), v.index_select(0, self.rows)
         addr = (self.addr + layer_in_group * self.layer_bytes).reshape(-1)
-        self.store.write_rows(addr, self.slot.reshape(-1), k.flatten(0, 1), v.flatten(0, 1))
+        self.store.write_rows(addr, self.slot.reshape(-1), k.flatten(0, 1), v.flatten(0, 1), layer_in_group)
 
 
 def place_rows(pages: GroupPages, store: PageStore, offset: np.ndarray, runs: np.ndarray, total: int) -> RowWrite:

@@ -24,6 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvfold.codecs.packing import pack_codes, unpack_codes
 from kvfold.formats import VectorFormat
 
 _SHRINK = 1.0 - 2.0**-16
@@ -53,7 +54,7 @@ def encode(x: Tensor, fmt: VectorFormat) -> tuple[Tensor, Tensor]:
     # arithmetic of the rounding has carried a NaN over into a number (which NaN a device makes is its own affair).
     meta[..., :1] = torch.add(scale, high - low, alpha=0)
     meta[..., 1:] = zero
-    return _pack(steps.flatten(-2), fmt.bits), meta
+    return pack_codes(steps.flatten(-2), fmt.bits), meta
 
 
 def decode(codes: Tensor, meta: Tensor, fmt: VectorFormat, dtype: torch.dtype) -> Tensor:
@@ -65,7 +66,7 @@ def decode(codes: Tensor, meta: Tensor, fmt: VectorFormat, dtype: torch.dtype) -
 
 def unpack_into(codes: Tensor, meta: Tensor, fmt: VectorFormat, out: Tensor) -> None:
     """`decode` into ``out [..., dim]`` (bfloat16, float16 or float32), rounded once to its dtype."""
-    unpack_codes_into(codes, fmt, out)
+    unpack_codes(codes, fmt.bits, out)
     if out.device.type == "cpu" and out.is_contiguous() and fmt.stored_dim == fmt.dim and out.numel():
         _scale_rows(out.view(-1, fmt.group_width), meta.reshape(-1, 2))
         return
@@ -73,21 +74,6 @@ def unpack_into(codes: Tensor, meta: Tensor, fmt: VectorFormat, out: Tensor) -> 
         part = out[..., group * fmt.group_width : (group + 1) * fmt.group_width]
         scale, zero = meta[..., group, :1].float(), meta[..., group, 1:].float()
         torch.addcmul(zero, part, scale, out=part)  # float32 inside, rounded once
-
-
-def unpack_codes_into(codes: Tensor, fmt: VectorFormat, out: Tensor) -> None:
-    """The bare codes, as numbers 0 .. 2**bits - 1, into ``out [..., dim]``."""
-    plane = codes.shape[-1]
-    planes = 8 // fmt.bits
-    for index in range(planes):
-        start = index * plane
-        width = min(plane, fmt.dim - start)
-        if width <= 0:
-            return
-        values = codes >> (index * fmt.bits) if index else codes
-        if index < planes - 1:
-            values = values & ((1 << fmt.bits) - 1)
-        out[..., start : start + width] = values[..., :width]
 
 
 def _scale_rows(rows: Tensor, meta: Tensor) -> None:
@@ -109,16 +95,6 @@ def _scale_rows(rows: Tensor, meta: Tensor) -> None:
 def error_bound(meta: Tensor, fmt: VectorFormat) -> Tensor:
     """``[..., dim]`` float32: half a step of each element's group, the bound of the code itself."""
     return (meta[..., 0].float() * 0.5).repeat_interleave(fmt.group_width, dim=-1)[..., : fmt.dim]
-
-
-def _pack(steps: Tensor, bits: int) -> Tensor:
-    """One code a byte ``[..., stored_dim]`` -> ``[..., code_bytes]``, by halves or quarters."""
-    planes = steps.chunk(8 // bits, dim=-1)
-    packed = planes[0]
-    for index, plane in enumerate(planes[1:], start=1):
-        # A sum instead of shift and or: the same bits in one vectorised pass.
-        packed = torch.add(packed, plane, alpha=1 << (index * bits))
-    return packed
 
 
 def _floor_bfloat16(x: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvfold.codecs import affine
-from kvfold.codecs.rotation import Rotation
-from kvfold.formats import PAGE_ALIGN, PageFormat, VectorFormat
+from kvfold.codecs import affine, banded
+from kvfold.codecs.rotation import Basis, Rotation
+from kvfold.formats import PAGE_ALIGN, BandFormat, PageFormat, VectorFormat
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -22,9 +22,9 @@ def _work_rows(device: torch.device) -> int:
     return 8192 if device.type == "cpu" else 1 << 20
 
 
-def _parts(count: int, size: int) -> list[slice]:
-    """``0 .. count`` in slices of at most ``size`` (of one, if that is less)."""
-    size = max(1, size)
+def _parts(count: int, size: int, unit: int = 1) -> list[slice]:
+    """``0 .. count`` in slices of at most ``size``, in whole ``units`` (of one, if that is more)."""
+    size = max(1, size // unit) * unit
     return [slice(start, start + size) for start in range(0, count, size)]
 
 
@@ -81,52 +81,56 @@ class _Side:
     """The keys or the values of a page format: one region of codes and, when quantized, one of meta."""
 
     def __init__(
-        self, arena: Tensor, fmt: VectorFormat, rotation: Rotation, offsets: tuple[int, int], block_size: int
+        self, arena: Tensor, fmt: VectorFormat | BandFormat, basis: Basis, offsets: tuple[int, int], block_size: int
     ) -> None:
         self.fmt = fmt
-        self.rotation = rotation
+        self.basis = basis
         self.block_size = block_size
         self.codes = _Region(arena, offsets[0], fmt.code_bytes, block_size)
         self.meta = _Region(arena, offsets[1], fmt.meta_bytes, block_size) if fmt.quantized else None
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, x: Tensor, layer: int | None) -> tuple[Tensor, Tensor]:
         # Rotated in float32: bfloat16 would cost as much error as the rounding to an 8-bit code.
-        return affine.encode(self.rotation.apply(x.float()), self.fmt)
+        rows = self.basis.store(x.float(), layer)
+        return banded.encode(rows, self.fmt) if isinstance(self.fmt, BandFormat) else affine.encode(rows, self.fmt)
 
-    def write_rows(self, addr: Tensor, slot: Tensor, x: Tensor) -> None:
+    def write_rows(self, addr: Tensor, slot: Tensor, x: Tensor, layer: int, heads: int) -> None:
         if self.meta is None:
             self.codes.put_rows(addr, slot, x)
             return
-        for part in _parts(addr.numel(), _work_rows(x.device)):
-            codes, meta = self.encode(x[part])
+        for part in _parts(addr.numel(), _work_rows(x.device), heads):
+            codes, meta = self.encode(x[part], layer)
             self.codes.put_rows(addr[part], slot[part], codes)
             self.meta.put_rows(addr[part], slot[part], meta)
 
-    def write_pages(self, addr: Tensor, x: Tensor) -> None:
+    def write_pages(self, addr: Tensor, x: Tensor, layer: int | None, unit: int) -> None:
         if self.meta is None:
             self.codes.pages.put(addr, x)
             return
-        for part in _parts(addr.numel(), _work_rows(x.device) // self.block_size):
-            codes, meta = self.encode(x[part])
+        for part in _parts(addr.numel(), _work_rows(x.device) // self.block_size, unit):
+            codes, meta = self.encode(x[part], layer)
             self.codes.pages.put(addr[part], codes)
             self.meta.pages.put(addr[part], meta)
 
     def read(self, addr: Tensor, dtype: torch.dtype) -> Tensor:
-        """Pages ``addr [..., P]`` -> ``[..., P * block_size, dim]`` in ``dtype``, in the stored basis."""
+        """Pages ``addr [..., P]`` -> ``[..., P * block_size, stored dim]`` in ``dtype``, in the stored basis."""
         lead = (*addr.shape[:-1], addr.shape[-1] * self.block_size)
         flat = addr.reshape(-1)
         found = self.codes.pages.take(flat)
         if self.meta is None:
             return found.view(dtype).view(*lead, self.fmt.dim)
         codes = found.view(torch.uint8).view(*lead, self.fmt.code_bytes)
-        meta = self.meta.pages.take(flat).view(torch.bfloat16).view(*lead, self.fmt.groups, 2)
-        return affine.decode(codes, meta, self.fmt, dtype)
+        meta = self.meta.pages.take(flat)
+        if isinstance(self.fmt, BandFormat):
+            return banded.decode(codes, meta.view(torch.uint8).view(*lead, 1), self.fmt, dtype)
+        return affine.decode(codes, meta.view(torch.bfloat16).view(*lead, self.fmt.groups, 2), self.fmt, dtype)
 
-    def decode(self, addr: Tensor, dtype: torch.dtype) -> Tensor:
+    def decode(self, addr: Tensor, dtype: torch.dtype, layer: int | None) -> Tensor:
         """Pages ``addr [P]`` -> ``[P, block_size, dim]`` in the original basis."""
         # Only a rotated side gains from float32: rotating back in a narrower dtype would round twice.
-        stored = self.read(addr, dtype if self.rotation.is_identity else torch.float32)
-        return self.rotation.undo(stored).to(dtype).view(addr.numel(), self.block_size, self.fmt.dim)
+        stored = self.read(addr, dtype if self.basis.is_identity else torch.float32)
+        pages = stored.view(addr.numel(), self.block_size, -1)
+        return self.basis.restore(pages, layer).to(dtype)
 
     def copy_rows(self, source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> None:
         for region in (self.codes, self.meta):
@@ -138,18 +142,31 @@ class PageStore:
     """Pages of one format in one arena.
 
     ``arena``: uint8 ``[bytes]``, contiguous, its memory aligned to 16 bytes. ``dtype``: the model's dtype, of raw
-    regions and of everything that is read. ``k_rotation`` and ``v_rotation`` turn queries into the basis of the stored
-    keys (``apply``) and outputs out of the basis of the stored values (``undo``); both are the identity for raw sides.
+    regions and of everything that is read. ``k_basis`` and ``v_basis`` take queries into the basis of the stored keys
+    and outputs out of the basis of the stored values; by default those of the formats' rotations, which a `BandFormat`
+    has not. ``heads``, ``layers``: KV heads of a layer, and layers, of a block.
+
+    ``layer`` in the methods: the layer all pages belong to, heads fastest; None: whole blocks, by block, layer, head.
     """
 
-    def __init__(self, arena: Tensor, fmt: PageFormat, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        arena: Tensor,
+        fmt: PageFormat,
+        dtype: torch.dtype,
+        *,
+        bases: tuple[Basis, Basis] | None = None,
+        heads: int = 1,
+        layers: int = 1,
+    ) -> None:
         for side in (fmt.k, fmt.v):
-            if not side.quantized and side.bits != 8 * dtype.itemsize:
+            if isinstance(side, VectorFormat) and not side.quantized and side.bits != 8 * dtype.itemsize:
                 raise ValueError(f"a raw format of {side.bits} bits cannot hold {dtype}")
         self.fmt = fmt
         self.dtype = dtype
-        self.k_rotation = Rotation(fmt.k)
-        self.v_rotation = Rotation(fmt.v)
+        self.heads = heads
+        self.layers = layers
+        self.k_basis, self.v_basis = bases or (_rotation(fmt.k), _rotation(fmt.v))
         self.rebind(arena)
 
     def rebind(self, arena: Tensor) -> None:
@@ -158,30 +175,37 @@ class PageStore:
             raise ValueError("an arena is a contiguous one-dimensional uint8 tensor aligned to 16 bytes")
         fmt = self.fmt
         self.arena = arena
-        self._k = _Side(arena, fmt.k, self.k_rotation, (fmt.k_codes_offset, fmt.k_meta_offset), fmt.block_size)
-        self._v = _Side(arena, fmt.v, self.v_rotation, (fmt.v_codes_offset, fmt.v_meta_offset), fmt.block_size)
+        self._k = _Side(arena, fmt.k, self.k_basis, (fmt.k_codes_offset, fmt.k_meta_offset), fmt.block_size)
+        self._v = _Side(arena, fmt.v, self.v_basis, (fmt.v_codes_offset, fmt.v_meta_offset), fmt.block_size)
 
-    def write_rows(self, addr: Tensor, slot: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store tokens: ``k [N, Dk]``, ``v [N, Dv]`` into slot ``slot [N]`` of page ``addr [N]`` (no pair twice)."""
-        self._k.write_rows(addr, slot, k)
-        self._v.write_rows(addr, slot, v)
+    def write_rows(self, addr: Tensor, slot: Tensor, k: Tensor, v: Tensor, layer: int = 0) -> None:
+        """Store tokens of a layer: ``k [N, Dk]``, ``v [N, Dv]``, heads fastest, into slot ``slot [N]`` of page ``addr
+        [N]`` (no pair twice).
+        """
+        self._k.write_rows(addr, slot, k, layer, self.heads)
+        self._v.write_rows(addr, slot, v, layer, self.heads)
 
-    def write_pages(self, addr: Tensor, k: Tensor, v: Tensor) -> None:
+    def write_pages(self, addr: Tensor, k: Tensor, v: Tensor, layer: int | None = None) -> None:
         """Store whole pages: ``k [P, S, Dk]``, ``v [P, S, Dv]`` into pages ``addr [P]`` (none twice)."""
-        self._k.write_pages(addr, k)
-        self._v.write_pages(addr, v)
+        unit = self.unit(layer)
+        self._k.write_pages(addr, k, layer, unit)
+        self._v.write_pages(addr, v, layer, unit)
+
+    def unit(self, layer: int | None) -> int:
+        """Pages after which layers and heads begin anew."""
+        return self.heads * (self.layers if layer is None else 1)
 
     def read_k(self, addr: Tensor) -> Tensor:
-        """Keys of pages ``addr [..., P]``: ``[..., P * S, Dk]``, contiguous, in the stored (rotated) basis."""
+        """Keys of pages ``addr [..., P]``: ``[..., P * S, stored Dk]``, contiguous, in the stored basis."""
         return self._k.read(addr, self.dtype)
 
     def read_v(self, addr: Tensor) -> Tensor:
-        """Values of pages ``addr [..., P]``: ``[..., P * S, Dv]``, contiguous, in the stored (rotated) basis."""
+        """Values of pages ``addr [..., P]``: ``[..., P * S, stored Dv]``, contiguous, in the stored basis."""
         return self._v.read(addr, self.dtype)
 
-    def decode_pages(self, addr: Tensor) -> tuple[Tensor, Tensor]:
+    def decode_pages(self, addr: Tensor, layer: int | None = None) -> tuple[Tensor, Tensor]:
         """Pages ``addr [P]`` in the original basis and the model's dtype: ``k [P, S, Dk]``, ``v [P, S, Dv]``."""
-        return self._k.decode(addr, self.dtype), self._v.decode(addr, self.dtype)
+        return self._k.decode(addr, self.dtype, layer), self._v.decode(addr, self.dtype, layer)
 
     def copy_rows(self, src_addr: Tensor, src_slot: Tensor, dst_addr: Tensor, dst_slot: Tensor) -> None:
         """Copy the stored bytes of tokens (all ``[N]``) from slot to slot, bit for bit; nothing is encoded again.
@@ -193,19 +217,25 @@ class PageStore:
 
 
 def seal(raw: PageStore, raw_addr: Tensor, packed: PageStore, packed_addr: Tensor) -> None:
-    """Encode the raw pages ``raw_addr [P]`` into the packed pages ``packed_addr [P]``."""
+    """Encode the raw pages ``raw_addr [P]``, whole blocks, into the packed pages ``packed_addr [P]``."""
     _recode(raw, raw_addr, packed, packed_addr)
 
 
 def unseal(packed: PageStore, packed_addr: Tensor, raw: PageStore, raw_addr: Tensor) -> None:
-    """Decode the packed pages ``packed_addr [P]`` into the raw pages ``raw_addr [P]``."""
+    """Decode the packed pages ``packed_addr [P]``, whole blocks, into the raw pages ``raw_addr [P]``."""
     _recode(packed, packed_addr, raw, raw_addr)
 
 
 def _recode(source: PageStore, source_addr: Tensor, target: PageStore, target_addr: Tensor) -> None:
     rows = _work_rows(source.arena.device)
-    for part in _parts(source_addr.numel(), rows // source.fmt.block_size):
+    for part in _parts(source_addr.numel(), rows // source.fmt.block_size, source.unit(None)):
         target.write_pages(target_addr[part], *source.decode_pages(source_addr[part]))
+
+
+def _rotation(fmt: VectorFormat | BandFormat) -> Rotation:
+    if isinstance(fmt, BandFormat):
+        raise TypeError("banded pages have a calibrated basis, which must be given")
+    return Rotation(fmt)
 
 
 def copy_blocks(arena: Tensor, src: Tensor, dst: Tensor, block_bytes: int) -> None:

@@ -6,6 +6,8 @@ keys and values once, when they are packed, and to queries and outputs once per 
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -30,8 +32,38 @@ def hadamard_matrix(dim: int, dtype: torch.dtype = torch.float32, device: torch.
     return torch.kron(blocks, block / size**0.5).to(dtype=dtype, device=device)
 
 
+class Basis(Protocol):
+    """What stands between vectors as the model makes them and as they are stored.
+
+    ``layer``: place in the group of the layer that all of ``x`` belongs to; None for whole blocks, whose pages come by
+    block, layer and head. The last axis of vectors of one layer that is left of ``dim`` counts heads.
+    """
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether stored vectors are the model's own."""
+        ...
+
+    def store(self, x: Tensor, layer: int | None) -> Tensor:
+        """Pages ``[P, S, dim]`` or rows ``[N, dim]`` of keys or values, heads fastest, as they are stored."""
+        ...
+
+    def restore(self, x: Tensor, layer: int | None) -> Tensor:
+        """Stored pages ``[P, S, r]`` as the model made them ``[P, S, dim]``."""
+        ...
+
+    def query(self, q: Tensor, layer: int) -> Tensor:
+        """Queries ``[..., Hq, dim]`` such that their products with stored keys are the scores."""
+        ...
+
+    def output(self, o: Tensor, layer: int) -> Tensor:
+        """Sums of stored values ``[..., Hq, r]`` as sums of the model's values ``[..., Hq, dim]``."""
+        ...
+
+
 class Rotation:
-    """The rotation of one vector format. It owns its matrices: one per dtype and device it was asked for.
+    """The `Basis` of one vector format: an orthogonal rotation, the same for all layers and heads. It owns its
+    matrices: one per dtype and device it was asked for.
 
     ``apply`` and ``undo`` work on the last dimension ``[..., dim]``, in the dtype and on the device of their input.
     The identity (format without rotation, raw format, odd ``dim``) returns its input untouched.
@@ -62,3 +94,19 @@ class Rotation:
     def undo(self, x: Tensor) -> Tensor:
         """``x [..., dim]`` of the rotated basis, back in the original one."""
         return x if self.is_identity else x @ self.matrix(x.dtype, x.device).mT
+
+    def store(self, x: Tensor, layer: int | None) -> Tensor:
+        """See `Basis`."""
+        return self.apply(x)
+
+    def restore(self, x: Tensor, layer: int | None) -> Tensor:
+        """See `Basis`."""
+        return self.undo(x)
+
+    def query(self, q: Tensor, layer: int) -> Tensor:
+        """See `Basis`."""
+        return self.apply(q)
+
+    def output(self, o: Tensor, layer: int) -> Tensor:
+        """See `Basis`."""
+        return self.undo(o)

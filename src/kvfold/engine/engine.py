@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvfold.cache import group_spec
 from kvfold.engine.core import EngineCore
 from kvfold.engine.intake import Intake, is_single, longest_sequence
-from kvfold.engine.loading import available_memory, end_tokens, load
+from kvfold.engine.loading import available_memory, check_recipe, end_tokens, load
 from kvfold.engine.progress import ProgressLine
 from kvfold.engine.request import Prompt, RequestOutput, SamplingParams, StreamChunk
 from kvfold.engine.runner import ModelRunner
@@ -65,7 +65,7 @@ class Engine:
             tokenizer = tokenizer or loaded
         geometry = Geometry.from_config(model.config)
         self.context = _context(geometry, max_length)
-        self.recipe = Recipe.parse(recipe) if isinstance(recipe, str) else recipe
+        self.recipe = check_recipe(recipe, model)
         if kv_memory is None:
             chunk = min(max_batched_tokens, self.context)
             budget = _default_budget(model, geometry, self.recipe, self.context, chunk, max_sequences)

@@ -16,7 +16,7 @@ from kvfold.errors import ModelError, UnsupportedError
 from kvfold.geometry import Geometry
 from kvfold.recipe import Recipe
 
-__all__ = ["BUNDLED", "available_memory", "end_tokens", "load", "parse_recipes"]
+__all__ = ["BUNDLED", "available_memory", "check_recipe", "end_tokens", "load", "parse_recipes"]
 
 BUNDLED: Final = "bundled"
 """The name of the small model that comes with the package."""
@@ -70,15 +70,19 @@ def _resolve(path: str | Path) -> str:
 
 
 def parse_recipes(texts: Sequence[str], model: PreTrainedModel) -> dict[str, Recipe]:
-    """The recipe of each text, in order, each text once. RecipeError for a bad text, UnsupportedError for a recipe that
-    cannot serve ``model``.
+    """The recipe of each text, in order, each text once; otherwise as `check_recipe`."""
+    return {text: check_recipe(text, model) for text in texts}
+
+
+def check_recipe(recipe: Recipe | str, model: PreTrainedModel) -> Recipe:
+    """``recipe`` for ``model``, its calibration located. RecipeError for a bad text, UnsupportedError for a recipe that
+    cannot serve the model.
     """
+    found = Recipe.of(recipe, model.name_or_path or ".")
     geometry = Geometry.from_config(model.config)
-    recipes = {text: Recipe.parse(text) for text in texts}
-    for recipe in recipes.values():
-        if reasons := recipe.supports(geometry):
-            raise UnsupportedError(f"recipe {recipe} on {geometry.model_type}", reasons)
-    return recipes
+    if reasons := found.supports(geometry):
+        raise UnsupportedError(f"recipe {recipe} on {geometry.model_type}", reasons)
+    return found
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:

@@ -12,7 +12,8 @@ from kvfold.engine.loading import parse_recipes
 from kvfold.engine.runner import ModelRunner
 from kvfold.errors import RequestError
 from kvfold.geometry import Geometry
-from kvfold.quality.forced import Forced, teacher_force
+from kvfold.quality.contestant import Forced
+from kvfold.quality.forced import teacher_force
 from kvfold.quality.metrics import agreement
 from kvfold.quality.tasks import Document, demo_document
 from kvfold.recipe import Recipe
@@ -90,7 +91,7 @@ def run_demo(
             hint="take a model that is made for chat, or 'bundled'",
         )
     document = demo_document(seed, target_tokens, lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
-    prompts = [_ask(tokenizer, document.text, question) for question, _ in document.facts]
+    prompts = [_ask(tokenizer, document.text, fact.question) for fact in document.facts]
     forced = _transcript(tokenizer, document)
     longest = max(len(forced) + _DECODE_STEPS, max(map(len, prompts)) + _ANSWER_TOKENS)
     if longest > (limit := Geometry.from_config(model.config).max_positions):
@@ -160,8 +161,7 @@ def _answers(
     ) as engine:
         outputs = engine.generate(list(prompts), SamplingParams(max_tokens=_ANSWER_TOKENS), progress=False)
     return tuple(
-        Answer(question, expected, output.text)
-        for (question, expected), output in zip(document.facts, outputs, strict=True)
+        Answer(fact.question, fact.answer, output.text) for fact, output in zip(document.facts, outputs, strict=True)
     )
 
 
@@ -174,8 +174,8 @@ def _ask(tokenizer: PreTrainedTokenizerBase, text: str, question: str) -> list[i
 def _transcript(tokenizer: PreTrainedTokenizerBase, document: Document) -> list[int]:
     """The document and all questions with their right answers, as one conversation."""
     messages = []
-    for i, (question, answer) in enumerate(document.facts):
-        messages.append({"role": "user", "content": f"{document.text}\n\n{question}" if i == 0 else question})
-        messages.append({"role": "assistant", "content": answer})
+    for i, fact in enumerate(document.facts):
+        content = f"{document.text}\n\n{fact.question}" if i == 0 else fact.question
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": fact.answer}]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False)
     return list(tokenizer.encode(rendered, add_special_tokens=False))

@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from kvfold.engine.runner import ModelRunner, SeqWork
+from kvfold.quality.contestant import PREFILL_TOKENS, SCORED_TOKENS, Forced
 
-__all__ = ["Forced", "teacher_force"]
-
-CHUNK_TOKENS = 32
-"""Tokens per forward. A chunk attends to its past as it is stored, so small chunks see nearly what decoding sees."""
-
-
-@dataclass(frozen=True, slots=True)
-class Forced:
-    """Logits ``[N, V]`` of the scored positions, the bytes the cache held at the end, and the speed of single-token
-    steps.
-    """
-
-    logits: Tensor
-    kv_bytes: int
-    decode_tok_s: float
+__all__ = ["teacher_force"]
 
 
 def teacher_force(
@@ -37,24 +23,32 @@ def teacher_force(
 ) -> Forced:
     """Feeds ``tokens`` to a new sequence and frees it again.
 
-    ``score_from``: the first position whose logits are kept. ``decode_steps``: greedy single-token steps timed after
-    the tokens.
+    ``score_from``: the first position whose logits are kept; what stands before it is the prompt. ``decode_steps``:
+    greedy single-token steps timed after the tokens.
     """
+    if not 0 < score_from < len(tokens):
+        raise ValueError(f"score_from={score_from} leaves no prompt or nothing to score of {len(tokens)} tokens")
     seq = runner.create()
     kept: list[Tensor] = []
     try:
-        last: Tensor | None = None
-        for start in range(0, len(tokens), CHUNK_TOKENS):
-            chunk = tokens[start : start + CHUNK_TOKENS]
-            logits = runner.execute_all(SeqWork(seq=seq, tokens=chunk, start=start, salt=b"", sample=True))
-            last = logits[-1]
-            if start + len(chunk) > score_from:
-                kept.append(logits[max(0, score_from - start) :].clone())
+        for start, stop in _chunks(len(tokens), score_from):
+            work = SeqWork(seq=seq, tokens=tokens[start:stop], start=start, salt=b"", sample=True)
+            if start < score_from:
+                runner.execute([work])
+            else:
+                kept.append(runner.execute_all(work))
         kv_bytes = runner.cache.bytes_in_use()
-        speed = _decode_speed(runner, seq, len(tokens), last, decode_steps) if last is not None else 0.0
+        speed = _decode_speed(runner, seq, len(tokens), kept[-1][-1], decode_steps)
     finally:
         runner.free(seq)
     return Forced(logits=torch.cat(kept), kv_bytes=kv_bytes, decode_tok_s=speed)
+
+
+def _chunks(length: int, score_from: int) -> Iterator[tuple[int, int]]:
+    """The forwards: the prompt as the engine prefills, then small steps."""
+    for first, end, size in ((0, score_from, PREFILL_TOKENS), (score_from, length, SCORED_TOKENS)):
+        for start in range(first, end, size):
+            yield start, min(start + size, end)
 
 
 def _decode_speed(runner: ModelRunner, seq: int, length: int, logits: Tensor, steps: int) -> float:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvfold.errors import UnsupportedError
-from kvfold.formats import PageFormat, VectorFormat
+from kvfold.formats import BandFormat, PageFormat, VectorFormat
 from kvfold.kernels.pages import PagesCall
 
 __all__ = ["attend", "available", "refuses", "variants"]
@@ -104,6 +104,8 @@ def _layout(fmt: PageFormat, dtype: torch.dtype) -> object:
     native = _load()
     if isinstance(native, str):
         return native
+    if isinstance(fmt.k, BandFormat) or isinstance(fmt.v, BandFormat):
+        return "does not know banded codes"
     for side in (fmt.k, fmt.v):
         if side.groups > 1:
             return f"knows one scale a token, not {side.groups} groups of dims"

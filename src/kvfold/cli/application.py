@@ -1,0 +1,66 @@
+"""The command as a whole: its verbs, what holds for all of them, and how errors end it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+
+from kvfold import __version__
+from kvfold.cli import bench, calibrate, demo, evaluate, generate
+from kvfold.errors import KVFoldError
+from kvfold.telemetry import Settings
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="kvfold",
+    help="A KV-cache runtime for LLM inference: paged, packed, shared; honest bytes beside measured quality.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+bench_app = typer.Typer(help="Speed, as a ratio against a named rival in the same run.", no_args_is_help=True)
+app.command(epilog=demo.EXAMPLES)(demo.demo)
+app.command(epilog=generate.EXAMPLES)(generate.generate)
+app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
+app.command("calibrate", epilog=calibrate.EXAMPLES)(calibrate.calibrate_command)
+app.add_typer(bench_app, name="bench")
+bench_app.command("decode", epilog=bench.EXAMPLES)(bench.bench_decode_command)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _global(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    settings = Settings.from_env()
+    logging.basicConfig(level=settings.log.upper(), format="%(message)s", stream=sys.stderr, force=True)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+
+
+def main() -> None:
+    """Entry point: our own errors end with exit code 2 and one clear message, Ctrl-C with 130."""
+    try:
+        app()
+    except KVFoldError as error:
+        print(f"kvfold: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -1,0 +1,62 @@
+"""``kvfold calibrate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from kvfold.cli.options import JsonOption, ModelOption, counted_progress, write_json
+from kvfold.errors import RequestError
+
+__all__ = ["EXAMPLES", "calibrate_command"]
+
+EXAMPLES = (
+    "Examples:  kvfold calibrate -o bundled.safetensors   |   "
+    "kvfold calibrate --model ./my-model --text corpus.txt -o my-model/calibration.safetensors   |   "
+    "then: kvfold demo --recipes 'int4;int2.5:calibrated(bundled.safetensors)'"
+)
+
+
+def _output(file: Path) -> Path:
+    """Refuses a file that could not be written, before the work."""
+    if file.is_dir() or not file.parent.is_dir():
+        why = "it is a folder" if file.is_dir() else f"there is no folder {file.parent}"
+        raise RequestError(f"--output {file}", why=why, hint="name a file in a folder that exists")
+    return file
+
+
+def calibrate_command(
+    output: Annotated[Path, typer.Option("--output", "-o", callback=_output, help="The file to write.")],
+    model: ModelOption = "bundled",
+    text: Annotated[
+        Path | None, typer.Option("--text", help="Text like the one to be served; without: Python's own, and lookups.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to calibrate on.")] = 32_768,
+    length: Annotated[int, typer.Option(min=16, help="Tokens of a passage: as long as contexts will be.")] = 4096,
+    seed: Annotated[int, typer.Option(help="Which passages, and the draws.")] = 0,
+    json_file: JsonOption = None,
+) -> None:
+    """Find the bases of calibrated recipes: which directions of keys and values matter, and how finely.
+
+    Keys of other positions lie in other directions, so passages should be as long as the contexts to be served.
+    """
+    import torch
+
+    from kvfold.engine.loading import load
+    from kvfold.geometry import Geometry
+    from kvfold.quality.calibrate import calibrate, calibration_passages
+    from kvfold.quality.workload import read_text
+    from kvfold.report import calibration_report
+
+    wanted = None if text is None else read_text(text)
+    loaded, tokenizer = load(model, dtype=torch.float32)
+    length = min(length, Geometry.from_config(loaded.config).max_positions)
+    passages = calibration_passages(tokenizer, text=wanted, tokens=tokens, length=length, seed=seed)
+    with counted_progress(len(passages) + 1) as say:
+        report = calibrate(loaded, passages, output, seed=seed, progress=say)
+    if json_file != "-":
+        calibration_report(Console(), report)
+    write_json(json_file, report.as_json())

@@ -1,0 +1,38 @@
+"""``kvfold demo``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from kvfold.cli.options import JsonOption, ModelOption, counted_progress, parse_recipe_list, write_json
+
+__all__ = ["EXAMPLES", "demo"]
+
+EXAMPLES = "Examples:  kvfold demo   |   kvfold demo --recipes 'raw;int4' --json -   |   kvfold demo --answers"
+
+
+def demo(
+    recipes: Annotated[str | None, typer.Option(help="Recipes to compare, separated by ';'.")] = None,
+    model: ModelOption = "bundled",
+    tokens: Annotated[int, typer.Option(min=300, help="Length of the document.")] = 1800,
+    seed: Annotated[int, typer.Option(help="Which document and facts.")] = 0,
+    answers: Annotated[bool, typer.Option("--answers", help="Also list what was said to each question.")] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Answer questions about a long real document from a full and from folded caches, bytes, speed and quality side by
+    side.
+    """
+    from kvfold.engine.loading import load
+    from kvfold.quality.demo import DEMO_RECIPES, run_demo
+    from kvfold.report import demo_report
+
+    chosen = parse_recipe_list(recipes) if recipes else list(DEMO_RECIPES)
+    loaded, tokenizer = load(model)
+    with counted_progress(2 * len({"raw", *chosen})) as say:
+        document, rows = run_demo(loaded, tokenizer, recipes=chosen, target_tokens=tokens, seed=seed, say=say)
+    if json_file != "-":
+        demo_report(Console(), document, rows, answers=answers)
+    write_json(json_file, [row.as_json() for row in rows])

@@ -1,0 +1,219 @@
+"""The page: one self-contained ``index.html``, and each figure as PNG beside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvfold.quality.report.canvas import Drawing, ReportError, house_style, png, require_matplotlib, sheet_of, svg
+from kvfold.quality.report.frontier import frontier_drawing
+from kvfold.quality.report.maps import error_drawings
+from kvfold.quality.report.palette import Style, family_styles, style_sheet
+from kvfold.quality.report.panels import position_drawings, task_drawings
+from kvfold.quality.report.points import OURS, Measure, measures, short_names, verdict
+from kvfold.quality.report.tables import facts_table, standing_table, summary_table, task_table
+
+if TYPE_CHECKING:
+    from kvfold.quality.results import Evaluation
+
+__all__ = ["write_report"]
+
+_WHOLE, _HALF, _THIRD, _PHONE = 1120.0, 556.0, 360.0, 368.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Section:
+    """A heading, what to look for, and figures in one, two or three columns; ``below`` is HTML after them."""
+
+    title: str
+    text: str
+    name: str
+    columns: int
+    drawings: Sequence[Drawing]
+    below: str = ""
+
+
+def write_report(evaluation: Evaluation, folder: Path) -> Path:
+    """Write ``index.html`` and the PNGs of its figures into ``folder``; returns the page's path.
+
+    All of it is made in memory first: an error leaves the folder as it was. The same evaluation gives the same bytes.
+    """
+    require_matplotlib()
+    if not evaluation.rows:
+        raise ReportError("the report has nothing to show", why="no row was measured", hint="name at least one recipe")
+    with house_style():
+        made = _files(evaluation)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in made.items():
+            _replace(folder / name, data)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise ReportError(f"the report cannot be written to {folder}", why=why, hint="give another folder") from error
+    return folder / "index.html"
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write to a temporary name, then move: a reader sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _files(evaluation: Evaluation) -> dict[str, bytes]:
+    """Every file of the report: PNGs first, the page last."""
+    rows = evaluation.rows
+    found, names, styles = measures(rows), short_names(rows), family_styles(row.family for row in rows)
+    sections = [*_frontiers(found, names, styles), *_details(evaluation, names, styles)]
+    first, *others = [_render(section) for section in sections]
+    body = [_head(evaluation), _verdicts(found), first[0], _summary(evaluation, found, styles)]
+    body += [*(html for html, _ in others), _reproduce(evaluation)]
+    title = f"kvfold eval: {evaluation.model}"
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{style_sheet()}\n{_css()}</style></head>"
+        f"<body><main>{''.join(body)}</main></body></html>\n"
+    )
+    pictures = {f"{name}.png": data for _, images in (first, *others) for name, data in images.items()}
+    return pictures | {"index.html": page.encode()}
+
+
+def _css() -> str:
+    return (files("kvfold.quality.report") / "style.css").read_text(encoding="utf-8")
+
+
+def _frontiers(found: Sequence[Measure], names: dict[str, str], styles: dict[str, Style]) -> list[_Section]:
+    drawings = [frontier_drawing(measure, names, styles) for measure in found]
+    main = [d for d, measure in zip(drawings, found, strict=True) if measure.key == "kl"]
+    rest = [d for d, measure in zip(drawings, found, strict=True) if measure.key != "kl"]
+    how = (
+        "Up is closer to the full cache, left is smaller. The line is the frontier of kvfold's points. What lies in "
+        "the tinted area is beaten by one of them: it takes at least as many bytes and is no better."
+    )
+    more = (
+        "Divergence over raw's own long greedy continuations, where errors that look harmless add up, and the mean "
+        "score of all tasks (upright lines: 95 % intervals)."
+    )
+    return [
+        _Section("The frontier", how, "frontier", 1, main),
+        _Section("The frontier, by other measures", more, "frontier", 2, rest),
+    ]
+
+
+def _details(evaluation: Evaluation, names: dict[str, str], styles: dict[str, Style]) -> list[_Section]:
+    rows = evaluation.rows
+    tasks, positions = task_drawings(rows, names, styles), position_drawings(rows, names, styles)
+    scores = f"<details><summary>All scores as a table</summary>{task_table(rows)}</details>" if tasks else ""
+    return [
+        _Section(
+            "Task by task",
+            "Share of the expected answers that were found. Thin lines are 95 % intervals. The dashed line and the "
+            "grey band are raw and its interval, so a mark inside the band is within noise of the full cache.",
+            "tasks",
+            3,
+            tasks,
+            scores,
+        ),
+        _Section(
+            "Divergence by position",
+            "Mean KL against raw along the text. A line that sinks to the right drifts: errors add up as the cache "
+            "grows. All panels have the same scale; grey lines are the other families. Raw itself is zero throughout.",
+            "positions",
+            2,
+            positions,
+        ),
+        _Section(
+            "Where the error sits",
+            "Relative error of what is packed, in percent, by layer and KV head. All maps share one scale.",
+            "errors",
+            3,
+            error_drawings(rows, names),
+        ),
+    ]
+
+
+def _render(section: _Section) -> tuple[str, dict[str, bytes]]:
+    """The section as HTML, and its PNGs: one for each frontier; small multiples come as one sheet."""
+    if not section.drawings:
+        return "", {}
+    figures, images = [], {}
+    for index, drawing in enumerate(section.drawings):
+        salt = f"{section.name}-{section.columns}-{index}"  # ids of one figure must not be those of another
+        wide = drawing.draw({1: _WHOLE, 2: _HALF, 3: _THIRD}[section.columns])
+        figure = svg(wide, salt, drawing.alt)
+        if section.columns < 3:  # a third of a page is as wide as a phone
+            narrow = svg(drawing.draw(_PHONE), f"{salt}-narrow", drawing.alt)
+            figure = f'<div class="wide">{figure}</div><div class="narrow">{narrow}</div>'
+        figures.append(f"<figure>{figure}</figure>")
+        images[drawing.name] = png(wide)
+    if section.name != "frontier":
+        images = {section.name: sheet_of(list(images.values()), section.columns)}
+    layout = {1: "one", 2: "two", 3: "three"}[section.columns]
+    kind = f"grid {layout}" + (" maps" if section.name == "errors" else "")
+    heading = f'<h2>{escape(section.title)}</h2><p class="lead">{escape(section.text)}</p>'
+    return f'<section>{heading}<div class="{kind}">{"".join(figures)}</div>{section.below}</section>', images
+
+
+def _head(evaluation: Evaluation) -> str:
+    ours = sum(row.family == OURS for row in evaluation.rows)
+    count = f"{ours} kvfold recipe{'s' * (ours != 1)}"
+    if rivals := len(evaluation.rows) - ours:
+        count += f" and {rivals} rival{'s' * (rivals != 1)}"
+    positions = max(row.positions for row in evaluation.rows)
+    tasks = " and on tasks with known answers" if any(row.tasks for row in evaluation.rows) else ""
+    return (
+        f"<header><h1>What a smaller cache costs</h1>"
+        f'<p class="lead">Model <b>{escape(evaluation.model)}</b>. {count}, each measured against the full cache '
+        f"(raw) on the same {positions:,} tokens of text{tasks}.</p></header>"
+    )
+
+
+def _verdicts(found: Sequence[Measure]) -> str:
+    told = [(measure, *verdict(measure)) for measure in found]
+    results = [held for _, held, _ in told if held is not None]
+    if not results:
+        kind = "open"
+        lines = [f"<p>{escape(told[0][2])}</p>"] if told else []
+    else:
+        kind = "lost" if False in results else "held" if len(results) == len(told) else "open"
+        lines = [f"<p><b>{escape(measure.title)}.</b> {escape(text)}</p>" for measure, _, text in told]
+    return f'<div class="verdict {kind}">{"".join(lines)}</div>'
+
+
+def _summary(evaluation: Evaluation, found: Sequence[Measure], styles: dict[str, Style]) -> str:
+    rows = evaluation.rows
+    text = (
+        "<section><h2>All figures</h2><p class='lead'>KL in nats. <b>Underlined</b>: best of the column, contestants "
+        "that change nothing (KL 0) aside. <span class='ours'>◆</span> on kvfold's frontier of mean KL.</p>"
+    )
+    text += summary_table(rows, styles, {measure.key: measure for measure in found})
+    if table := standing_table(found, rows):
+        text += (
+            "<h3>Where each rival stands</h3><p class='note'>A point beats another if it has no more bytes and is no "
+            "worse, and is better in one of the two. Values are compared as measured: between close task scores a "
+            f"difference may be noise.</p>{table}"
+        )
+    return text + "</section>"
+
+
+def _reproduce(evaluation: Evaluation) -> str:
+    settings = {"model": evaluation.model, "seed": evaluation.seed} | evaluation.settings
+    tables: list[tuple[str, Mapping[str, object]]] = [
+        ("Settings", settings),
+        ("Versions", evaluation.versions),
+        ("Hardware", evaluation.hardware),
+    ]
+    facts = "".join(facts_table(title, values) for title, values in tables if values)
+    return (
+        f"<section><h2>How to get these figures</h2><pre>{escape(evaluation.command)}</pre>"
+        f'<div class="facts">{facts}</div></section>'
+    )

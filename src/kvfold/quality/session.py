@@ -1,0 +1,97 @@
+"""A whole run of ``kvfold eval``: refuses what cannot work before anything is measured, goes on where an earlier run
+was interrupted, and gives the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from kvfold.engine.loading import end_tokens, load
+from kvfold.errors import RequestError
+from kvfold.quality.environment import hardware, versions
+from kvfold.quality.evaluate import Progress, check_length, evaluate, settled
+from kvfold.quality.journal import Journal, journal_of
+from kvfold.quality.recipes import recipe_contestants
+from kvfold.quality.results import Evaluation
+from kvfold.quality.settings import EvalSettings
+from kvfold.quality.workload import build_workload
+
+__all__ = ["EVAL_RECIPES", "QUICK", "QUICK_RECIPES", "Plan", "run_session"]
+
+EVAL_RECIPES: Final = ("raw", "int8", "int4", "k4v2", "int2")
+QUICK_RECIPES: Final = ("raw", "int8", "int4", "int2")
+QUICK: Final = EvalSettings(context=1024, samples=4, text_windows=2, generation_passages=2)
+"""Under three minutes with the bundled model on two cores."""
+
+
+_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is asked for. ``dtype``: of weights, computing and raw pages (``float32`` has the least noise); None keeps
+    the saved one. ``result``: the file the result will go to, beside which the journal lies; None: no journal.
+    ``merge``: evaluations of equal settings whose rows are wanted too. ``command``: for the record.
+    """
+
+    model: str
+    dtype: str | None = None
+    recipes: Sequence[str]
+    settings: EvalSettings
+    command: str
+    result: Path | None = None
+    resume: bool = True
+    merge: Sequence[Path] = ()
+
+
+def run_session(
+    plan: Plan,
+    *,
+    progress: Progress = lambda what, share: None,
+    save: Callable[[Evaluation], None] = lambda evaluation: None,
+) -> Evaluation:
+    """The evaluation. ``save`` writes it down, after which the journal is no longer needed and goes."""
+    dtype = None if plan.dtype is None else _dtype(plan.dtype)
+    others = [(file, Evaluation.read(file)) for file in plan.merge]
+    model, tokenizer = load(plan.model, dtype=dtype)
+    check_length(plan.settings, model)
+    contestants = recipe_contestants(model, plan.recipes)
+    workload = build_workload(tokenizer, plan.settings, stop=end_tokens(model, tokenizer))
+    result = Evaluation(
+        command=plan.command,
+        seed=plan.settings.seed,
+        model=Path(plan.model).resolve().name if Path(plan.model).is_dir() else plan.model,
+        settings=settled(workload, model),
+        versions=versions(),
+        hardware=hardware(model.device),
+        rows=[],
+    )
+    for file, other in others:
+        if differences := result.differences(other):
+            hint = "merge only results of the same settings, model and text"
+            raise RequestError(f"--merge {file}", why="; ".join(differences), hint=hint)
+    fingerprint = {
+        "recipes": [contestant.name for contestant in contestants],
+        "seed": result.seed,
+        "model": result.model,
+        "settings": result.settings,
+        "versions": result.versions,
+    }
+    journal_file = None if plan.result is None else journal_of(plan.result)
+    with Journal(journal_file, fingerprint, resume=plan.resume) as journal:
+        rows = evaluate(contestants, contestants[0], workload, journal=journal, progress=progress)
+        result = replace(result, rows=rows).merge(other for _, other in others)
+        save(result)
+        journal.remove()
+    return result
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise RequestError(f"unknown dtype {name!r}", hint="known: " + ", ".join(_DTYPES))
+    return _DTYPES[name]

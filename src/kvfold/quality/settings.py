@@ -1,0 +1,113 @@
+"""What decides the figures of an evaluation, checked before anything heavy begins. No torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from kvfold.errors import RequestError
+from kvfold.quality.tasks import TASKS
+
+__all__ = ["EvalSettings", "parse_depths", "parse_tasks"]
+
+_LEAST_CONTEXT: Final = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalSettings:
+    """``context``: tokens of a text passage with its timed steps, and of a task's prompt with its answer.
+
+    ``samples``: of each task. ``depths``: where in the context the asked fact stands, taken in turns; empty: at random.
+    ``text``: a UTF-8 file; None: sources of Python's standard library. ``text_windows``: passages of it, the last
+    ``scored_tokens`` of each are scored. ``generation_passages`` prompts of a quarter of the context are continued by
+    ``generation_tokens`` tokens (0: none). RequestError, with a hint, for values that make no sense.
+    """
+
+    tasks: tuple[str, ...] = TASKS
+    context: int = 2048
+    samples: int = 20
+    seed: int = 0
+    depths: tuple[float, ...] = ()
+    text: Path | None = None
+    text_windows: int = 8
+    scored_tokens: int = 256
+    generation_tokens: int = 512
+    generation_passages: int = 4
+    decode_steps: int = 32
+
+    def __post_init__(self) -> None:
+        _at_least("samples", self.samples, 1)
+        _at_least("text_windows", self.text_windows, 1)
+        _at_least("scored_tokens", self.scored_tokens, 2)
+        _at_least("generation_tokens", self.generation_tokens, 0)
+        _at_least("generation_passages", self.generation_passages, 1)
+        _at_least("decode_steps", self.decode_steps, 0)
+        _at_least("context", self.context, _LEAST_CONTEXT)
+        if self.scored_tokens + self.decode_steps > self.context // 2:
+            raise RequestError(
+                f"a context of {self.context} tokens",
+                why=f"{self.scored_tokens} scored tokens and {self.decode_steps} timed steps take more than half of it",
+                hint=f"--context {2 * (self.scored_tokens + self.decode_steps)}, or fewer --scored tokens",
+            )
+        for depth in self.depths:
+            if not 0 <= depth <= 1:
+                raise RequestError(f"bad depth {depth:g}", hint="0 is the start of the context, 1 its end")
+        _known_tasks(self.tasks)
+
+    @property
+    def generation_prompt(self) -> int:
+        """Tokens of a prompt that is continued."""
+        return self.context // 4
+
+    @property
+    def longest(self) -> int:
+        """Most positions that anything here takes."""
+        generation = self.generation_prompt + self.generation_tokens if self.generation_tokens else 0
+        return max(self.context, generation)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data; of a text file only its name, for its content is known by the workload's digest."""
+        return asdict(self) | {
+            "tasks": list(self.tasks),
+            "depths": list(self.depths),
+            "text": None if self.text is None else self.text.name,
+        }
+
+
+def parse_tasks(text: str) -> tuple[str, ...]:
+    """Task names separated by commas, each once; ``all`` and ``none`` are words for that."""
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if names == ("all",):
+        return TASKS
+    if names == ("none",):
+        return ()
+    if not names:
+        raise RequestError(f"bad tasks {text!r}", why="none is named", hint="known: all, none, " + ", ".join(TASKS))
+    _known_tasks(names)
+    return names
+
+
+def parse_depths(text: str) -> tuple[float, ...]:
+    """Numbers separated by commas."""
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise RequestError(f"bad depths {text!r}", why=str(error), hint="numbers such as 0,0.25,0.5,1") from error
+
+
+def _known_tasks(names: Sequence[str]) -> None:
+    for name in names:
+        if name not in TASKS:
+            close = difflib.get_close_matches(name.lower(), TASKS, n=1, cutoff=0.5)
+            close = close or [task for task in TASKS if name.lower() in task][:1]
+            known = "known: " + ", ".join(TASKS)
+            hint = f"did you mean {close[0]!r}? {known}" if close else known
+            raise RequestError(f"unknown task {name!r}", hint=hint)
+
+
+def _at_least(name: str, value: int, low: int) -> None:
+    if value < low:
+        raise RequestError(f"bad {name.replace('_', ' ')} {value}", hint=f"at least {low} is needed")
