@@ -175,7 +175,7 @@ def test_supports_hands_on_what_the_model_cannot():
         def __init__(self, *reasons):
             self.reasons = reasons
 
-        def unsupported(self):
+        def unsupported(self, recipe=None):
             return list(self.reasons)
 
     assert Recipe().supports(Geometry()) == []

@@ -14,7 +14,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from corpus import training_texts
-from kvfold.quality.tasks import ADJECTIVES, ATTRIBUTES, NAMES, NOUNS
+from kvfold.quality.tasks.words import ADJECTIVES, ATTRIBUTES, NAMES, NOUNS
 
 VOCABULARY = 4096
 SPECIAL = ("<|pad|>", "<|bos|>", "<|end|>", "<|user|>", "<|assistant|>")

@@ -13,7 +13,7 @@ columns the directions, in units of their standard deviation), ``i.s.decode [H, 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -62,13 +62,19 @@ class Calibration:
         return heads, dim
 
     def bands(self, side: Side, bits: float) -> dict[int, Bands]:
-        """How each layer spends its part of ``bits`` a number on average; all its heads alike."""
+        """How each layer spends its part of ``bits`` a number on average, at most; all its heads alike.
+
+        Every layer keeps its first 8 dims at 2 bits or more, which is the average where a head has no more than that.
+        Bits that save nothing are not spent.
+        """
         clusters = self._clusters()
         costs = {
             number: np.sum([self._cost(layer, side) for layer in members], axis=0)
             for number, members in enumerate(clusters)
         }
-        sizes = {number: len(members) for number, members in enumerate(clusters)}
+        sizes = {
+            number: sum(self.shape(layer, side)[0] for layer in members) for number, members in enumerate(clusters)
+        }
         spent = _fill(costs, sizes, bits)
         return {layer: spent[number] for number, members in enumerate(clusters) for layer in members}
 
@@ -102,14 +108,26 @@ class Calibration:
         return units
 
     def _clusters(self) -> list[list[int]]:
-        """Layers that share a format, most sensitive first."""
+        """Layers that share a format, most sensitive first; their heads are of one shape."""
         weight = {layer: sum(float(self._cost(layer, side)[_row(0)].sum()) for side in _SIDES) for layer in self.layers}
-        order = sorted(self.layers, key=lambda layer: (-weight[layer], layer))
-        parts = np.array_split(np.asarray(order), min(_FORMATS, len(order)))
-        return [[int(layer) for layer in part] for part in parts]
+        alike: dict[tuple[tuple[int, int], ...], list[int]] = {}
+        for layer in sorted(self.layers, key=lambda layer: (-weight[layer], layer)):
+            alike.setdefault(tuple(self.shape(layer, side) for side in _SIDES), []).append(layer)
+        clusters = []
+        for order in alike.values():
+            count = min(len(order), max(1, _FORMATS * len(order) // len(self.layers)))
+            clusters += [[int(layer) for layer in part] for part in np.array_split(np.asarray(order), count)]
+        return clusters
 
 
-_PARTS: Final = ("encode", "decode", "step", "distortion")
+_PARTS: Final[Mapping[str, Callable[[int, int], tuple[int, int, int]]]] = {
+    "encode": lambda heads, dim: (heads, dim, dim),
+    "decode": lambda heads, dim: (heads, dim, dim),
+    "step": lambda heads, dim: (heads, len(WIDTHS), dim),
+    "distortion": lambda heads, dim: (heads, len(WIDTHS) + 1, dim),
+}
+"""The arrays of a side, and their shapes."""
+
 _SIDES: Final[tuple[Side, Side]] = ("k", "v")
 
 
@@ -119,7 +137,10 @@ def _row(bits: int) -> int:
 
 
 def _fill(costs: Mapping[int, Array], sizes: Mapping[int, int], bits: float) -> dict[int, Bands]:
-    """Spends ``bits`` a number: always the step up that saves most for each bit, as long as it can be paid for."""
+    """Spends ``bits`` a number: always the step up that saves most for each bit, as long as it can be paid for.
+
+    ``costs [4, units]`` of layers that share their bands, ``sizes`` the heads of all of them.
+    """
     level = {number: [0] * cost.shape[1] for number, cost in costs.items()}
     budget = bits * sum(len(units) * sizes[number] for number, units in level.items())
     queue: list[tuple[float, int, int, int, int]] = []
@@ -127,10 +148,10 @@ def _fill(costs: Mapping[int, Array], sizes: Mapping[int, int], bits: float) -> 
     def offer(number: int, unit: int) -> None:
         now = level[number][unit]
         cost = costs[number][:, unit]
-        saved = [
-            (float(cost[_row(now)] - cost[_row(up)]) / (up - now) / sizes[number], up) for up in _LEVELS if up > now
-        ]
-        if saved:
+        ups = [up for up in _LEVELS if up > now and (up - now) * sizes[number] <= budget]
+        saved = [(float(cost[_row(now)] - cost[_row(up)]) / (up - now) / sizes[number], up) for up in ups]
+        # A dim that hardly varies loses less when it is dropped than when it is rounded to a code.
+        if saved and max(saved)[0] > 0:
             gain, up = max(saved)
             heapq.heappush(queue, (-gain, number, unit, now, up))
 
@@ -138,15 +159,15 @@ def _fill(costs: Mapping[int, Array], sizes: Mapping[int, int], bits: float) -> 
         # A page holds something of every token: the first unit is not for sale.
         units[0] = _LEVELS[1]
         budget -= _LEVELS[1] * sizes[number]
+    for number, units in level.items():
         for unit in range(len(units)):
             offer(number, unit)
     while queue:
         _, number, unit, now, up = heapq.heappop(queue)
         price = (up - now) * sizes[number]
-        if level[number][unit] != now or price > budget:
-            continue
-        level[number][unit] = up
-        budget -= price
+        if price <= budget:
+            level[number][unit] = up
+            budget -= price
         offer(number, unit)
     return {
         number: tuple((width, units.count(width) * _UNIT) for width in WIDTHS if width in units)
@@ -156,15 +177,32 @@ def _fill(costs: Mapping[int, Array], sizes: Mapping[int, int], bits: float) -> 
 
 @lru_cache(maxsize=8)
 def _load(path: str, changed: int, size: int) -> Calibration:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors import SafetensorError, safe_open
 
+    what, hint = f"no calibration in {path!r}", "name a file that kvfold calibrate made"
     try:
-        arrays = load_file(path)
-        layers = sorted({int(name.split(".")[0]) for name in arrays})
-        wanted = {f"{i}.{side}.{part}" for i in layers for side in _SIDES for part in _PARTS}
-    except (SafetensorError, ValueError) as error:
-        raise ModelError(f"no calibration in {path!r}", why=str(error)) from error
-    if not layers or wanted != set(arrays):
-        raise ModelError(f"no calibration in {path!r}", why="it holds other tensors", hint="name a calibration file")
+        with safe_open(path, "numpy") as file:
+            names = set(file.keys())
+            layers = sorted({int(number) for name in names if (number := name.split(".")[0]).isdecimal()})
+            # Names come first: numpy cannot read every dtype of other files.
+            if not layers or names != {f"{i}.{side}.{part}" for i in layers for side in _SIDES for part in _PARTS}:
+                raise ModelError(what, why="it holds other tensors", hint=hint)
+            types = {name: file.get_slice(name).get_dtype() for name in names}
+            arrays: dict[str, Array] = {name: file.get_tensor(name) for name in names if types[name] == "F32"}
+    except (SafetensorError, OSError) as error:
+        raise ModelError(what, why=str(error), hint=hint) from error
+    bad = sorted(name for name in names if name not in arrays or not _is_sound(name, arrays))
+    if bad:
+        raise ModelError(what, why=f"the dtype, the shape or a number of {bad[0]} is wrong", hint=hint)
     return Calibration(path, tuple(layers), arrays)
+
+
+def _is_sound(name: str, arrays: Mapping[str, Array]) -> bool:
+    """Whether an array has the shape that goes with its side, and finite numbers."""
+    side, part = name.rsplit(".", 1)
+    encode = arrays.get(f"{side}.encode")
+    if encode is None or encode.ndim != 3:
+        return False
+    heads, dim = encode.shape[:2]
+    whole = heads > 0 and dim > 0 and dim % _UNIT == 0
+    return whole and arrays[name].shape == _PARTS[part](heads, dim) and bool(np.isfinite(arrays[name]).all())

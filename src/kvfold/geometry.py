@@ -130,26 +130,22 @@ class Geometry:
         return reasons
 
     def _calibration_refusals(self, path: str) -> list[str]:
+        stored = [layer for layer in self.layers if layer.stores]
+        latent = [str(layer.index) for layer in stored if layer.kind == "latent"]
+        if latent:
+            return [f"layers {', '.join(latent)} keep latents, for which there is no calibrated code"]
         if not path:
             return [f"no {CALIBRATION_FILE} lies beside its weights: make it (kvfold calibrate) or name one"]
         try:
             calibration = Calibration.load(path)
         except ModelError as error:
             return [str(error)]
-        reasons = []
-        stored = [layer for layer in self.layers if layer.stores]
-        latent = [str(layer.index) for layer in stored if layer.kind == "latent"]
-        if latent:
-            reasons.append(f"layers {', '.join(latent)} keep latents, for which there is no calibrated code")
-        elif [layer.index for layer in stored] != list(calibration.layers):
-            reasons.append(f"the calibration {path} is of a model with other layers")
-        elif any(
-            calibration.shape(layer.index, "k") != (layer.kv_heads, layer.k_dim)
-            or calibration.shape(layer.index, "v") != (layer.kv_heads, layer.v_dim)
-            for layer in stored
-        ):
-            reasons.append(f"the calibration {path} is of a model with other heads")
-        return reasons
+        if [layer.index for layer in stored] != list(calibration.layers):
+            return [f"the calibration {path} is of a model with other layers"]
+        shapes = [(calibration.shape(layer.index, "k"), calibration.shape(layer.index, "v")) for layer in stored]
+        if shapes != [((layer.kv_heads, layer.k_dim), (layer.kv_heads, layer.v_dim)) for layer in stored]:
+            return [f"the calibration {path} is of a model with other heads"]
+        return []
 
     def groups(self, recipe: Recipe, dtype_bytes: int = 2) -> tuple[LayerGroup, ...]:
         """The layer groups under ``recipe``, by first layer; ``dtype_bytes``: width of the model dtype."""

@@ -30,6 +30,7 @@ __all__ = [
     "ModelStep",
     "RopeGuard",
     "StepCache",
+    "attention_configs",
     "attention_forward",
 ]
 
@@ -164,6 +165,16 @@ def attention_forward(
     return kvfold_step.attend(module, query, key, value, call), None
 
 
+def attention_configs(model: PreTrainedModel) -> list[Any]:
+    """The configs that the modules of a model ask for the name of their attention function, each once."""
+    configs = {id(model.config): model.config}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_attn_implementation_internal"):
+            configs[id(config)] = config
+    return list(configs.values())
+
+
 class AttentionSwitch:
     """Puts a model on the ``kvfold`` attention function for the length of a forward, and back.
 
@@ -172,12 +183,7 @@ class AttentionSwitch:
 
     def __init__(self, model: PreTrainedModel) -> None:
         AttentionInterface.register(ATTENTION_NAME, attention_forward)
-        configs = {id(model.config): model.config}
-        for module in model.modules():
-            config = getattr(module, "config", None)
-            if config is not None and hasattr(config, "_attn_implementation_internal"):
-                configs[id(config)] = config
-        self._configs = list(configs.values())
+        self._configs = attention_configs(model)
         self._before: list[Any] = []
 
     def enter(self, step: ModelStep) -> None:

@@ -44,6 +44,7 @@ _OPTIONS: Final = {
 """Option word -> field of the recipe, in the order in which ``str`` writes them."""
 
 _LIMITS: Final = {"sinks": (0, 2**20), "recent": (0, 2**30), "block_size": (1, 1024), "group": (1, 2**16)}
+_CALIBRATION: Final = re.compile(r"([^()\s]|[^()\s][^()]*[^()\s])?")
 _PIECE: Final = re.compile(r"\s*([,:+]?)\s*([^,:+()]*?)\s*(\([^()]*\))?\s*(?=[,:+]|$)", re.DOTALL)
 
 
@@ -94,6 +95,9 @@ class Recipe:
         if self.calibration is not None and (self.rotation, self.group) != ("hadamard", 128):
             why = "calibrated codes bring their own basis and have one scale a token"
             raise RecipeError("bad recipe: rotation or group with a calibration", why=why, hint="leave them out")
+        if self.calibration is not None and not _CALIBRATION.fullmatch(str(self.calibration)):
+            why = "the text form has no room for brackets, or spaces at an end, in the name of a file"
+            raise RecipeError(f"bad recipe field calibration={self.calibration!r}", why=why)
         if self.rotation not in _ROTATIONS:
             raise RecipeError(f"bad recipe field rotation={self.rotation!r}", hint="use " + " or ".join(_ROTATIONS))
         for name, (low, high) in _LIMITS.items():
@@ -202,6 +206,8 @@ def _parse_bits(word: str, text: str, calibrated: bool) -> tuple[float | None, f
     number = r"([0-9]+(?:\.[0-9]+)?)"
     match = re.fullmatch(f"int{number}|k{number}v{number}", word, re.ASCII)
     if match is None:
+        if word == "raw":
+            raise RecipeError(f"bad recipe {text!r}", why="raw keys and values take no calibration")
         raise _unknown("word", word, _WORDS, text)
     both, *sides = match.groups()
     widths = [float(both)] * 2 if both else [float(side) for side in sides]

@@ -55,12 +55,13 @@ def demo_report(console: Console, document: Document, rows: Sequence[DemoRow], *
 
 
 def _print_answers(console: Console, rows: Sequence[DemoRow], limit: int | None) -> None:
+    width = max(len(row.recipe) for row in rows)
     for i, answer in enumerate(rows[0].answers[:limit]):
         console.print(f"[bold]{escape(answer.question)}[/]")
         for row in rows:
             said = row.answers[i]
             mark = "[green]right[/]" if said.right else f"[red]wrong[/], planted: {escape(said.expected)}"
-            console.print(f"  {row.recipe:<6} {escape(said.said.strip())}  {mark}")
+            console.print(f"  {row.recipe:<{width}} {escape(said.said.strip())}  {mark}")
     if limit is not None and len(rows[0].answers) > limit:
         console.print(f"(the first {limit} of {len(rows[0].answers)}; all of them with --answers)\n", style="dim")
 

@@ -36,7 +36,7 @@ def attend_decode(
             addr=piece.addr,
             shift=layer_in_group * piece.layer_bytes,
             fmt=piece.store.fmt,
-            dtype=piece.store.dtype,
+            dtype=piece.store.read_dtype,
             scale=call.scale,
             read=partial(piece.read, layer_in_group, call.latent),
             bias=piece.bias,

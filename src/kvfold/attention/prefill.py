@@ -107,6 +107,7 @@ def _past_piece(
     count, q_heads = q.shape[:2]
     kv_heads = span.piece.addr.shape[1]
     group = q_heads // kv_heads
+    q = q.to(span.piece.store.read_dtype)
     rows = span.piece.rotate_query(q, layer_in_group, call.latent).reshape(count, kv_heads, group, -1)
     rows = rows.permute(1, 2, 0, 3).reshape(1, kv_heads, group * count, -1)
     k, v = (x[:, :, : span.valid] for x in span.piece.read(layer_in_group, call.latent))

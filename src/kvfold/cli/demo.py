@@ -29,9 +29,9 @@ def demo(
     from kvfold.quality.demo import DEMO_RECIPES, run_demo
     from kvfold.report import demo_report
 
-    chosen = parse_recipe_list(recipes) if recipes else list(DEMO_RECIPES)
+    chosen = parse_recipe_list(recipes) if recipes else None
     loaded, tokenizer = load(model)
-    with counted_progress(2 * len({"raw", *chosen})) as say:
+    with counted_progress(2 * len({"raw", *(chosen or DEMO_RECIPES)})) as say:
         document, rows = run_demo(loaded, tokenizer, recipes=chosen, target_tokens=tokens, seed=seed, say=say)
     if json_file != "-":
         demo_report(Console(), document, rows, answers=answers)

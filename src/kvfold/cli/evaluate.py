@@ -106,7 +106,8 @@ def _plan(
     return Plan(
         model=model,
         dtype=dtype,
-        recipes=recipes or (QUICK_RECIPES if quick else EVAL_RECIPES),
+        recipes=recipes,
+        usual=QUICK_RECIPES if quick else EVAL_RECIPES,
         settings=replace(QUICK if quick else EvalSettings(), **changes),
         command=shlex.join(["kvfold", *sys.argv[1:]]),
         result=None if json_file is None or json_file == "-" else Path(json_file),

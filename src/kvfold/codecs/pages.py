@@ -129,7 +129,7 @@ class _Side:
         """Pages ``addr [P]`` -> ``[P, block_size, dim]`` in the original basis."""
         # Only a rotated side gains from float32: rotating back in a narrower dtype would round twice.
         stored = self.read(addr, dtype if self.basis.is_identity else torch.float32)
-        pages = stored.view(addr.numel(), self.block_size, -1)
+        pages = stored.view(addr.numel(), self.block_size, stored.shape[-1])
         return self.basis.restore(pages, layer).to(dtype)
 
     def copy_rows(self, source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> None:
@@ -142,9 +142,9 @@ class PageStore:
     """Pages of one format in one arena.
 
     ``arena``: uint8 ``[bytes]``, contiguous, its memory aligned to 16 bytes. ``dtype``: the model's dtype, of raw
-    regions and of everything that is read. ``k_basis`` and ``v_basis`` take queries into the basis of the stored keys
-    and outputs out of the basis of the stored values; by default those of the formats' rotations, which a `BandFormat`
-    has not. ``heads``, ``layers``: KV heads of a layer, and layers, of a block.
+    regions and of what is read (float32 for calibrated pages). ``k_basis`` and ``v_basis`` take queries into the basis
+    of the stored keys and outputs out of the basis of the stored values; by default those of the formats' rotations,
+    which a `BandFormat` has not. ``heads``, ``layers``: KV heads of a layer, and layers, of a block.
 
     ``layer`` in the methods: the layer all pages belong to, heads fastest; None: whole blocks, by block, layer, head.
     """
@@ -164,6 +164,8 @@ class PageStore:
                 raise ValueError(f"a raw format of {side.bits} bits cannot hold {dtype}")
         self.fmt = fmt
         self.dtype = dtype
+        # In a calibrated basis a few dims hold most of a score: rounding queries there would show.
+        self.read_dtype = torch.float32 if isinstance(fmt.k, BandFormat) else dtype
         self.heads = heads
         self.layers = layers
         self.k_basis, self.v_basis = bases or (_rotation(fmt.k), _rotation(fmt.v))
@@ -197,11 +199,11 @@ class PageStore:
 
     def read_k(self, addr: Tensor) -> Tensor:
         """Keys of pages ``addr [..., P]``: ``[..., P * S, stored Dk]``, contiguous, in the stored basis."""
-        return self._k.read(addr, self.dtype)
+        return self._k.read(addr, self.read_dtype)
 
     def read_v(self, addr: Tensor) -> Tensor:
         """Values of pages ``addr [..., P]``: ``[..., P * S, stored Dv]``, contiguous, in the stored basis."""
-        return self._v.read(addr, self.dtype)
+        return self._v.read(addr, self.read_dtype)
 
     def decode_pages(self, addr: Tensor, layer: int | None = None) -> tuple[Tensor, Tensor]:
         """Pages ``addr [P]`` in the original basis and the model's dtype: ``k [P, S, Dk]``, ``v [P, S, Dv]``."""

@@ -16,7 +16,7 @@ from kvfold.errors import ModelError, UnsupportedError
 from kvfold.geometry import Geometry
 from kvfold.recipe import Recipe
 
-__all__ = ["BUNDLED", "available_memory", "check_recipe", "end_tokens", "load", "parse_recipes"]
+__all__ = ["BUNDLED", "available_memory", "available_recipes", "check_recipe", "end_tokens", "load", "parse_recipes"]
 
 BUNDLED: Final = "bundled"
 """The name of the small model that comes with the package."""
@@ -72,6 +72,13 @@ def _resolve(path: str | Path) -> str:
 def parse_recipes(texts: Sequence[str], model: PreTrainedModel) -> dict[str, Recipe]:
     """The recipe of each text, in order, each text once; otherwise as `check_recipe`."""
     return {text: check_recipe(text, model) for text in texts}
+
+
+def available_recipes(texts: Sequence[str], model: PreTrainedModel) -> list[str]:
+    """Those of ``texts`` that ``model`` can be served with: a calibrated one needs a calibration beside the weights."""
+    geometry = Geometry.from_config(model.config)
+    folder = model.name_or_path or "."
+    return [text for text in texts if not Recipe.of(text, folder).supports(geometry)]
 
 
 def check_recipe(recipe: Recipe | str, model: PreTrainedModel) -> Recipe:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvfold.engine import Engine, SamplingParams
-from kvfold.engine.loading import parse_recipes
+from kvfold.engine.loading import available_recipes, parse_recipes
 from kvfold.engine.runner import ModelRunner
 from kvfold.errors import RequestError
 from kvfold.geometry import Geometry
@@ -20,7 +20,9 @@ from kvfold.recipe import Recipe
 
 __all__ = ["DEMO_RECIPES", "Answer", "DemoRow", "run_demo"]
 
-DEMO_RECIPES = ("raw", "int8", "int4", "k4v2", "int2")
+DEMO_RECIPES = ("raw", "int8", "int4", "int2:calibrated", "int2")
+"""Compared where nothing else is asked for, as far as the model can be served with them."""
+
 _ANSWER_TOKENS = 16
 _DECODE_STEPS = 48
 _SCORED_FROM = 256  # before that, most of the context is still inside the sinks and the recent window
@@ -73,7 +75,7 @@ def run_demo(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    recipes: Sequence[str] = DEMO_RECIPES,
+    recipes: Sequence[str] | None = None,
     target_tokens: int = 1800,
     seed: int = 0,
     say: Say = lambda _: None,
@@ -83,6 +85,7 @@ def run_demo(
     ``say`` is told what is happening, one line at a time. Raises RequestError for a tokenizer without a chat template
     or a text the model is too short for, RecipeError or UnsupportedError for a recipe; all before anything runs.
     """
+    recipes = available_recipes(DEMO_RECIPES, model) if recipes is None else recipes
     parsed = parse_recipes(["raw", *recipes], model)
     if not tokenizer.chat_template:
         raise RequestError(

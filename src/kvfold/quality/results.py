@@ -149,6 +149,7 @@ class Evaluation:
     def merge(self, others: Iterable[Evaluation]) -> Evaluation:
         """These rows and the rows of ``others`` that have names of their own; RequestError if settings differ."""
         rows = {row.contestant: row for row in self.rows}
+        versions = self.versions
         for other in others:
             if differences := self.differences(other):
                 raise RequestError(
@@ -158,4 +159,5 @@ class Evaluation:
                 )
             for row in other.rows:
                 rows.setdefault(row.contestant, row)
-        return replace(self, rows=list(rows.values()))
+            versions = other.versions | versions
+        return replace(self, rows=list(rows.values()), versions=versions)

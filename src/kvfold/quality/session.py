@@ -11,7 +11,7 @@ from typing import Final
 
 import torch
 
-from kvfold.engine.loading import end_tokens, load
+from kvfold.engine.loading import available_recipes, end_tokens, load
 from kvfold.errors import RequestError
 from kvfold.quality.environment import hardware, versions
 from kvfold.quality.evaluate import Progress, check_length, evaluate, settled
@@ -23,8 +23,9 @@ from kvfold.quality.workload import build_workload
 
 __all__ = ["EVAL_RECIPES", "QUICK", "QUICK_RECIPES", "Plan", "run_session"]
 
-EVAL_RECIPES: Final = ("raw", "int8", "int4", "k4v2", "int2")
-QUICK_RECIPES: Final = ("raw", "int8", "int4", "int2")
+EVAL_RECIPES: Final = ("raw", "int8", "int4", "int3:calibrated", "int2.5:calibrated", "int2:calibrated", "int2")
+QUICK_RECIPES: Final = ("raw", "int8", "int4", "int2:calibrated", "int2")
+"""What is measured where nothing else is asked for, as far as the model can be served with it."""
 QUICK: Final = EvalSettings(context=1024, samples=4, text_windows=2, generation_passages=2)
 """Under three minutes with the bundled model on two cores."""
 
@@ -36,12 +37,14 @@ _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16
 class Plan:
     """What is asked for. ``dtype``: of weights, computing and raw pages (``float32`` has the least noise); None keeps
     the saved one. ``result``: the file the result will go to, beside which the journal lies; None: no journal.
-    ``merge``: evaluations of equal settings whose rows are wanted too. ``command``: for the record.
+    ``usual``: the recipes if ``recipes`` is None, those that the model cannot take left out. ``merge``: evaluations of
+    equal settings whose rows are wanted too. ``command``: for the record.
     """
 
     model: str
     dtype: str | None = None
-    recipes: Sequence[str]
+    recipes: Sequence[str] | None
+    usual: Sequence[str] = EVAL_RECIPES
     settings: EvalSettings
     command: str
     result: Path | None = None
@@ -60,7 +63,8 @@ def run_session(
     others = [(file, Evaluation.read(file)) for file in plan.merge]
     model, tokenizer = load(plan.model, dtype=dtype)
     check_length(plan.settings, model)
-    contestants = recipe_contestants(model, plan.recipes)
+    recipes = available_recipes(plan.usual, model) if plan.recipes is None else plan.recipes
+    contestants = recipe_contestants(model, recipes)
     workload = build_workload(tokenizer, plan.settings, stop=end_tokens(model, tokenizer))
     result = Evaluation(
         command=plan.command,

@@ -21,6 +21,7 @@ Fitted = dict[str, Tensor]
 """The arrays of one side of one layer, by name: see `kvfold.calibration`."""
 
 _FLOOR = 1e-6  # of the largest eigenvalue: directions that hardly matter keep a little weight
+_LEAST = 1e-30  # and of heads that do not matter at all, so that nothing overflows in float32
 _TRIED = {
     8: (0.03, 0.04, 0.05, 0.065, 0.08, 0.11, 0.15, 0.2),
     4: (0.28, 0.33, 0.38, 0.44, 0.52, 0.62, 0.75),
@@ -43,7 +44,7 @@ def _fit_head(vectors: Tensor, fisher: Tensor, rows: Tensor) -> Fitted:
     root, inverse = _roots(fisher)
     variance, directions = torch.linalg.eigh(root @ vectors @ root)
     variance, directions = variance.flip(0), directions.flip(1)
-    deviation = variance.clamp_min(float(variance.max()) * _FLOOR**2).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+    deviation = variance.clamp_min(float(variance.max()) * _FLOOR**2).clamp_min(_LEAST).sqrt()
     encode = (root @ directions) / deviation
     decode = deviation[:, None] * (directions.mT @ inverse)
     coordinates = rows @ encode.float()
@@ -57,7 +58,7 @@ def _fit_head(vectors: Tensor, fisher: Tensor, rows: Tensor) -> Fitted:
 def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The symmetric square root of a positive matrix, and its inverse."""
     values, vectors = torch.linalg.eigh(matrix)
-    values = values.clamp_min(max(float(values.max()) * _FLOOR, torch.finfo(torch.float64).tiny)).sqrt()
+    values = values.clamp_min(max(float(values.max()) * _FLOOR, _LEAST)).sqrt()
     return (vectors * values) @ vectors.mT, (vectors / values) @ vectors.mT
 
 

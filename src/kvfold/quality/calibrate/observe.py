@@ -20,6 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kvfold.errors import UnsupportedError
 from kvfold.geometry import Geometry
+from kvfold.modeling import attention_configs
 
 __all__ = ["Moments", "Observer"]
 
@@ -58,16 +59,24 @@ class Observer:
     """Observes a model's keys and values passage by passage. The model computes as it does; its weights get no
     gradients, and everything is put back by :meth:`release`.
 
-    UnsupportedError if its attention is none that PyTorch's fused function computes.
+    UnsupportedError if it cannot be served, keeps latents, or its attention is none that PyTorch's fused function
+    computes.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.geometry = Geometry.from_config(model.config)
         self.model = model
         stored = [layer for layer in self.geometry.layers if layer.stores]
-        odd = [layer.k_dim for layer in stored if layer.k_dim % 8 or layer.v_dim % 8]
+        reasons = self.geometry.unsupported()
+        latent = [str(layer.index) for layer in stored if layer.kind == "latent"]
+        if latent:
+            reasons.append(f"layers {', '.join(latent)} keep latents, for which there is no calibrated code")
+        if reasons:
+            raise UnsupportedError(f"calibration of {self.geometry.model_type}", reasons)
+        odd = sorted({dim for layer in stored for dim in (layer.k_dim, layer.v_dim) if dim % 8})
         if odd:
-            raise UnsupportedError("calibration", why=f"head dims must be multiples of 8, these are {sorted(set(odd))}")
+            why = f"head dims must be multiples of 8, not {', '.join(map(str, odd))}"
+            raise UnsupportedError(f"calibration of {self.geometry.model_type}", why=why)
         device = model.device
         self.moments = {
             layer.index: (
@@ -77,15 +86,17 @@ class Observer:
             for layer in stored
         }
         self._trained = [parameter.requires_grad for parameter in model.parameters()]
-        self._attention = model.config._attn_implementation
+        self._attention = [(config, config._attn_implementation_internal) for config in attention_configs(model)]
         AttentionInterface.register(_NAME, _observed_attention)
         AttentionMaskInterface.register(_NAME, sdpa_mask)
+        for config, _ in self._attention:
+            config._attn_implementation_internal = _NAME
         model.requires_grad_(False)
-        model.set_attn_implementation(_NAME)
 
     def release(self) -> None:
         """Puts the model back as it was."""
-        self.model.set_attn_implementation(self._attention)
+        for config, before in self._attention:
+            config._attn_implementation_internal = before
         for parameter, trained in zip(self.model.parameters(), self._trained, strict=True):
             parameter.requires_grad_(trained)
 
@@ -102,9 +113,11 @@ class Observer:
             drawn = torch.multinomial(chances.cpu(), 1, generator=generator).to(scores.device)
             scores.gather(-1, drawn).sum().backward()
         for layer, sides in self.moments.items():
+            if [x.shape[1] for x in seen.get(layer, ())] != [moments.vectors.shape[0] for moments in sides]:
+                why = f"layer {layer} does not hand its keys and values to an attention function of transformers"
+                raise UnsupportedError(f"calibration of {self.geometry.model_type}", why=why)
             for moments, x in zip(sides, seen[layer], strict=True):
-                if x.grad is not None:
-                    moments.add(x.detach()[0], x.grad[0])
+                moments.add(x.detach()[0], (torch.zeros_like(x) if x.grad is None else x.grad)[0])
         return float(-(chances * scores.detach()).sum(-1).mean())
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from kvfold.calibration import Calibration, Side
+from kvfold.errors import NumericsError, RequestError
 from kvfold.quality.calibrate.fit import fit
 from kvfold.quality.calibrate.observe import Observer
 
@@ -58,9 +62,11 @@ def calibrate(
 ) -> CalibrationReport:
     """Calibrates ``model`` (best in float32) on ``passages`` and writes ``file``, whole or not at all.
 
-    UnsupportedError for a model whose attention cannot be observed. ``progress`` is told of every passage and of the
-    fit.
+    UnsupportedError for a model whose attention cannot be observed, NumericsError for one that answers NaN.
+    ``progress`` is told of every passage and of the fit.
     """
+    if not passages or not all(passages):
+        raise RequestError("a calibration on nothing", why="there are no passages, or empty ones")
     generator = torch.Generator().manual_seed(seed)
     observer = Observer(model)
     try:
@@ -68,6 +74,8 @@ def calibrate(
         for number, passage in enumerate(passages, start=1):
             progress(f"passage {number} of {len(passages)}")
             entropies.append(observer.observe(passage, generator))
+            if not math.isfinite(entropies[-1]):
+                raise NumericsError(f"calibration, passage {number}", why=f"the model answers {entropies[-1]}")
     finally:
         observer.release()
     progress("fitting")
@@ -77,9 +85,14 @@ def calibrate(
         for side, moments in zip("kv", sides, strict=True)
         for name, tensor in fit(moments).items()
     }
-    written = file.with_name(f".{file.name}.tmp")
-    save_file(arrays, written)
-    written.replace(file)
+    written = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        save_file(arrays, written)
+        written.replace(file)
+    except (OSError, SafetensorError) as error:
+        raise RequestError(f"cannot write {file}", why=str(error)) from error
+    finally:
+        written.unlink(missing_ok=True)
     found = Calibration.load(file)
     return CalibrationReport(
         file=str(file),

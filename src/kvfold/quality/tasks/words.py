@@ -63,8 +63,12 @@ _KEYS: dict[Split, tuple[Key, ...]] = {
 
 
 def draw_keys(rng: random.Random, count: int, split: Split) -> list[Key]:
-    """Draw ``count`` distinct word pairs of one split."""
-    return rng.sample(_KEYS[split], count)
+    """Draw ``count`` distinct word pairs of one split; when there are no more, pairs come again with a number."""
+    pairs = _KEYS[split]
+    if count <= len(pairs):
+        return rng.sample(pairs, count)
+    rounds = -(-count // len(pairs))
+    return rng.sample([(a, f"{n}{i or ''}") for i in range(rounds) for a, n in pairs], count)
 
 
 def draw_digits(rng: random.Random) -> str:
