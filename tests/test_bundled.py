@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-import kvfold.quality.tasks as tasks
+import kvfold
+from kvfold.quality import tasks
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-FOLDER = Path(tasks.__file__).parents[1] / "bundled"
+FOLDER = Path(kvfold.__file__).parent / "bundled"
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_answers_come_from_the_context(model: Any, tokenizer: Any) -> None:
     def count(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    samples = [tasks.make_sample("single", 900 + i, 512, count) for i in range(8)]
+    samples = [tasks.make_sample("kv", 900 + i, 512, count) for i in range(8)]
     answers = [ask(model, tokenizer, sample.prompt) for sample in samples]
     assert sum(a == s.answer for a, s in zip(answers, samples, strict=True)) >= 7
     # Without its line, the same question cannot be answered.

@@ -103,7 +103,16 @@ class World:
 
 
 @pytest.mark.parametrize("config", [LLAMA, GEMMA], ids=["full", "sliding"])
-@pytest.mark.parametrize(("recipe", "bound"), [("raw", 1e-5), ("int8,recent=16", 0.05), ("int4,recent=16", 0.6)])
+@pytest.mark.parametrize(
+    ("recipe", "bound"),
+    [
+        ("raw", 1e-5),
+        ("int8,recent=16", 0.05),
+        ("int4,recent=16", 0.6),
+        ("int8,recent=16,scales=channel", 0.05),
+        ("int4,recent=16,block=64,scales=channel", 0.7),
+    ],
+)
 def test_any_schedule_agrees_with_the_reference(config: PreTrainedConfig, recipe: str, bound: float) -> None:
     rng = random.Random(1)
     world = World(config, recipe)
@@ -127,7 +136,56 @@ def test_any_schedule_agrees_with_the_reference(config: PreTrainedConfig, recipe
     assert world.cache.bytes_in_use() == 0
 
 
-@pytest.mark.parametrize("recipe", ["raw", "int8", "int4", "k4v2", "k16v4", "int4,recent=0,sinks=0", "int4,block=16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", [LLAMA, GEMMA], ids=["full", "sliding"])
+def test_a_long_prefill_writes_what_sealing_would(config: PreTrainedConfig, dtype: torch.dtype) -> None:
+    """Blocks with scales of channels, packed at once and token after token: the same stored bits, fork included."""
+    recipe = Recipe.parse("int4,recent=8,block=16,scales=channel,rotation=none")
+    generator = torch.Generator().manual_seed(6)
+    layers, total = range(config.num_hidden_layers), 77
+    k, v = torch.randn(2, len(layers), total, 2, 16, generator=generator).to(dtype)
+    held = []
+    for chunk in (total, 24, 1):
+        cache = PagedCache(Geometry.from_config(config), recipe, dtype=dtype, prefix_caching=False)
+        cache._arena.fill_(255)
+        other = cache.create()
+        seq = cache.create()
+        for start in range(0, total, chunk):
+            rows = slice(start, min(start + chunk, total))
+            # A neighbour in the same step, so that rows are not in order.
+            step = cache.begin([SequenceWork(other, 3), SequenceWork(seq, rows.stop - rows.start)])
+            for layer in layers:
+                new = (torch.cat((x[layer, :3] * 2, x[layer, rows])) for x in (k, v))
+                step.write(layer, *new)
+            cache.commit(step)
+        pages = []
+        for each in (seq, cache.fork(seq)):
+            for g in range(len(cache.groups)):
+                packed, offset = cache._pages[g].packed, cache._sequence_pages(g, each).packed.offset
+                assert packed is not None
+                assert offset.size
+                size = cache.groups[g].packed_block_bytes
+                pages.append(torch.stack([cache._arena[int(at) : int(at) + size] for at in offset]))
+        assert all(torch.equal(a, b) for a, b in zip(pages, pages[len(cache.groups) :], strict=False))
+        held.append(pages)
+    for pages in held[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(held[0], pages, strict=True))
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "raw",
+        "int8",
+        "int4",
+        "k4v2",
+        "k16v4",
+        "int4,recent=0,sinks=0",
+        "int4,block=16",
+        "int4,scales=channel,block=64",
+        "k2v16,scales=channel",
+    ],
+)
 @pytest.mark.parametrize("config", [LLAMA, GEMMA], ids=["full", "sliding"])
 def test_bytes_in_use_are_what_geometry_predicts(config: PreTrainedConfig, recipe: str) -> None:
     world = World(config, recipe)

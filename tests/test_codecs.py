@@ -1,12 +1,14 @@
 """The codecs alone: rotations are orthogonal, the affine code keeps its law, packing is the stated layout."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvfold.codecs import affine
+from kvfold.codecs import affine, channels
 from kvfold.codecs.packing import unpack_codes
 from kvfold.codecs.rotation import Rotation, hadamard_matrix
 from kvfold.formats import VectorFormat
@@ -51,14 +53,72 @@ def bound(y: Tensor, meta: Tensor, fmt: VectorFormat, dtype: torch.dtype) -> Ten
 
 
 @quick
-@given(st.data(), formats(), dtypes, dtypes)
-def test_error_bound_holds(data, fmt, source, target):
+@given(st.data(), formats(), dtypes, dtypes, st.booleans())
+def test_error_bound_holds(data, fmt, source, target, inner):
     x = data.draw(rows(fmt.dim, source))
-    codes, meta = affine.encode(x, fmt)
+    codes, meta = affine.encode(x, fmt, inner=inner)
     y = affine.decode(codes, meta, fmt, target)
     assert y.shape == x.shape
     assert y.dtype == target
     assert bool(((x.float() - y.float()).abs() <= bound(y, meta, fmt, target)).all())
+
+
+@quick
+@given(st.data(), formats(), dtypes, dtypes, st.booleans())
+def test_scales_of_channels_keep_the_law(data, fmt, source, target, inner):
+    """Pages of any size and dim: the bound, the format's bytes, the documented layout to the bit."""
+    fmt = replace(fmt, scales="channel")
+    x = data.draw(rows(fmt.dim, source))
+    x = torch.stack((x, x.flip(0) * 3))
+    codes, meta = channels.encode(x, fmt, inner=inner)
+    pages, size = x.shape[:2]
+    assert (codes.shape, codes.dtype) == ((pages, size, fmt.code_bytes), torch.uint8)
+    assert (meta.shape, meta.dtype) == ((pages, 2, fmt.stored_dim), torch.bfloat16)
+    assert codes[0].nbytes == size * fmt.token_bytes
+    assert meta[0].nbytes == fmt.page_meta_bytes(size)
+    y = channels.decode(codes, meta, fmt, target)
+    assert (y.shape, y.dtype) == (x.shape, target)
+    relative, absolute = ROUNDING[target]
+    room = channels.error_bound(meta, fmt) * (1 + 2.0**-12) + y.float().abs() * relative + absolute
+    assert bool(((x.float() - y.float()).abs() <= room).all())
+    steps = torch.full((pages, size, fmt.dim), -1.0, dtype=torch.float64)
+    unpack_codes(codes, fmt.bits, steps)
+    scale, zero = meta[..., : fmt.dim].double().split(1, dim=-2)
+    assert torch.equal(y, (zero + scale * steps).float().to(target))
+
+
+@quick
+@given(st.data(), formats(), st.sampled_from((torch.nan, torch.inf, -torch.inf)))
+def test_bad_numbers_stay_in_their_channel(data, fmt, bad):
+    fmt = replace(fmt, scales="channel")
+    x = data.draw(rows(fmt.dim))
+    dim = data.draw(st.integers(0, fmt.dim - 1))
+    poisoned = x.clone()
+    poisoned[data.draw(st.integers(0, x.shape[0] - 1)), dim] = bad
+    wanted, y = (channels.decode(*channels.encode(each, fmt), fmt, torch.float32) for each in (x, poisoned))
+    others = torch.arange(fmt.dim) != dim
+    assert bool(y[:, dim].isnan().all()), "hidden instead of seen"
+    assert torch.equal(y[:, others], wanted[:, others])
+
+
+def test_inner_levels_are_the_middles_of_equal_cells():
+    fmt = VectorFormat(dim=8, bits=2, quantized=True, group=8, rotation="none")
+    x = torch.tensor([[0.0, 1.0, 1.9, 2.1, 3.9, 4.1, 7.9, 8.0]])
+    found = affine.decode(*affine.encode(x, fmt, inner=True), fmt, torch.float32)
+    assert found.tolist() == [[1.0, 1.0, 1.0, 3.0, 3.0, 5.0, 7.0, 7.0]]
+    whole = affine.encode(x, fmt)[1], affine.encode(x, fmt, inner=True)[1]
+    assert float(whole[1][0, 0, 0]) < 0.76 * float(whole[0][0, 0, 0])
+
+
+def test_scales_of_channels_tame_static_channels():
+    """Offsets that every token has cost tokens their scale, channels nothing."""
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(64, 64, generator=generator) + 10 * torch.randn(64, generator=generator)
+    token = VectorFormat(dim=64, bits=4, quantized=True, group=64, rotation="none")
+    channel = replace(token, scales="channel")
+    by_token = affine.decode(*affine.encode(x, token), token, torch.float32)
+    by_channel = channels.decode(*channels.encode(x, channel), channel, torch.float32)
+    assert float((by_channel - x).pow(2).mean()) < 0.02 * float((by_token - x).pow(2).mean())
 
 
 @quick
@@ -234,3 +294,27 @@ def test_rotation_tames_an_outlying_dim():
     plain = affine.decode(*affine.encode(x, fmt), fmt, torch.float32)
     turned = rotation.undo(affine.decode(*affine.encode(rotation.apply(x), fmt), fmt, torch.float32))
     assert float((turned - x).pow(2).mean()) < 0.5 * float((plain - x).pow(2).mean())
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+@pytest.mark.parametrize("inner", [False, True])
+def test_projected_codes_keep_the_projection_of_a_row(bits, inner):
+    x = torch.randn(500, 64, generator=torch.Generator().manual_seed(bits)) + 1.5
+    fmt = VectorFormat(dim=64, bits=bits, quantized=True, group=128, rotation="none")
+    plain, kept = (
+        affine.decode(*affine.encode(x, fmt, inner=inner, projected=projected), fmt, torch.float32)
+        for projected in (False, True)
+    )
+    along = [((found * x).sum(-1) / x.square().sum(-1) - 1).abs().max() for found in (plain, kept)]
+    assert along[1] < 2**-7  # scale and zero are each rounded to bfloat16
+    assert along[1] < along[0]
+
+
+def test_projection_leaves_rows_alone_that_have_none():
+    fmt = VectorFormat(dim=8, bits=4, quantized=True, group=128, rotation="none")
+    x = torch.tensor([[0.0] * 8, [1e30, -1e30, 1e30, 0, 0, 0, 0, 0], [5.0] * 8, [float("nan")] + [1.0] * 7])
+    found = affine.decode(*affine.encode(x, fmt, projected=True), fmt, torch.float32)
+    assert (found[0] == 0).all()
+    assert found[1].isfinite().all()
+    torch.testing.assert_close(found[2], x[2], rtol=2**-8, atol=0)
+    assert found[3].isnan().all()

@@ -1,6 +1,7 @@
 """Layout arithmetic against pages really laid out, sealing and release against a sequence stepped token by token."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,8 +28,9 @@ quantized = st.builds(
     group=st.integers(1, 300),
     rotation=st.sampled_from(["hadamard", "none"]),
 )
+by_channel = quantized.map(lambda fmt: replace(fmt, scales="channel"))
 raw = st.builds(VectorFormat.raw, st.integers(1, 300), st.sampled_from([1, 2, 4]))
-vectors = st.one_of(quantized, raw)
+vectors = st.one_of(quantized, by_channel, raw)
 
 
 def pack(codes, fmt):
@@ -64,6 +66,17 @@ def test_groups_cover_the_dims_evenly(fmt):
         assert fmt.stored_dim == fmt.dim
 
 
+@given(by_channel, st.integers(1, 130))
+def test_scales_of_channels_are_the_pages(fmt, block_size):
+    """A scale and a zero for each stored dim, however many tokens there are; a token has none."""
+    assert (fmt.movable, fmt.groups, fmt.meta_bytes, fmt.token_bytes) == (False, 1, 0, fmt.code_bytes)
+    assert fmt.group_width == fmt.stored_dim >= fmt.dim
+    assert fmt.page_meta_bytes(block_size) == 2 * 2 * fmt.stored_dim
+    page = PageFormat(block_size, fmt, replace(fmt, scales="token"))
+    assert not page.movable
+    assert PageFormat(block_size, page.v, page.v).movable
+
+
 @given(raw)
 def test_raw_is_the_dtype_and_nothing_else(fmt):
     assert (fmt.groups, fmt.meta_bytes) == (0, 0)
@@ -75,19 +88,19 @@ def test_page_regions_hold_their_tokens_and_do_not_overlap(block_size, k, v):
     page = PageFormat(block_size, k, v)
     owner = np.full(page.page_bytes, -1)
     regions = [
-        (page.k_codes_offset, k.code_bytes),
-        (page.k_meta_offset, k.meta_bytes),
-        (page.v_codes_offset, v.code_bytes),
-        (page.v_meta_offset, v.meta_bytes),
+        (page.k_codes_offset, block_size * k.code_bytes),
+        (page.k_meta_offset, k.page_meta_bytes(block_size)),
+        (page.v_codes_offset, block_size * v.code_bytes),
+        (page.v_meta_offset, v.page_meta_bytes(block_size)),
     ]
-    for number, (offset, per_token) in enumerate(regions):
+    for number, (offset, size) in enumerate(regions):
         assert offset % 16 == 0
-        region = owner[offset : offset + block_size * per_token]
-        assert region.size == block_size * per_token
+        region = owner[offset : offset + size]
+        assert region.size == size
         assert (region == -1).all()
         region[:] = number
     assert page.page_bytes % 64 == 0
-    used = block_size * (k.token_bytes + v.token_bytes)
+    used = sum(size for _, size in regions)
     assert used <= page.page_bytes < used + 4 * 16 + 64
 
 
@@ -97,6 +110,9 @@ def test_known_pages():
     half = VectorFormat.raw(128, 2)
     assert PageFormat(32, half, half).page_bytes == 32 * 2 * 256
     assert VectorFormat(80, 4, True, 64, "none").group_width == 40
+    # 64 tokens of 64 channels: as many scales either way.
+    token = VectorFormat(64, 4, True, 128, "hadamard")
+    assert PageFormat(64, replace(token, scales="channel"), token).page_bytes == PageFormat(64, token, token).page_bytes
 
 
 @pytest.mark.parametrize(
@@ -107,6 +123,8 @@ def test_known_pages():
         (8, 4, False, 8, "none"),
         (8, 4, True, 0, "none"),
         (8, 4, True, 8, "x"),
+        (8, 4, True, 8, "none", "page"),
+        (8, 16, False, 8, "none", "channel"),
     ],
 )
 def test_bad_vector_formats_are_refused(bad):

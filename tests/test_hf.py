@@ -127,7 +127,7 @@ def test_a_second_turn_on_the_same_cache(model: PreTrainedModel) -> None:
     assert torch.equal(wanted, found)
 
 
-@pytest.mark.parametrize("recipe", ["int8", "int4", "k8v4", "int2"])
+@pytest.mark.parametrize("recipe", ["int8", "int4", "k8v4", "int2", "int4,scales=channel,block=64"])
 def test_packed_recipes_run_in_every_mode_and_are_smaller(llama: PreTrainedModel, recipe: str) -> None:
     for inputs, options in MODES.values():
         llama.generate(**inputs, **options, past_key_values=KVCache(llama, recipe))

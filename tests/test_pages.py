@@ -1,6 +1,6 @@
 """Pages in an arena: what is written is read, nothing else is touched, and stored bits move unchanged."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvfold.codecs import affine
+from kvfold.codecs import affine, channels
 from kvfold.codecs.pages import PageStore, copy_blocks, seal, unseal, zero_blocks
 from kvfold.formats import PageFormat, VectorFormat
+from kvfold.kernels import cpu
+from kvfold.kernels.pages import PagesCall
 from kvfold.kernels.reference import paged_attend
 
 quick = settings(max_examples=50, deadline=None)
@@ -19,12 +21,13 @@ SIZES = st.integers(1, 24) | st.sampled_from((32, 48, 64, 80))
 
 
 @st.composite
-def vectors(draw, dim: int, dtype: torch.dtype) -> VectorFormat:
+def vectors(draw, dim: int, dtype: torch.dtype, scales: str = "token") -> VectorFormat:
     bits = draw(st.sampled_from((2, 4, 8, 16)))
     if bits == 16:
         return VectorFormat.raw(dim, dtype.itemsize)
     group = draw(st.integers(1, 80) | st.just(128))
-    return VectorFormat(dim, bits, quantized=True, group=group, rotation=draw(st.sampled_from(("hadamard", "none"))))
+    rotation = draw(st.sampled_from(("hadamard", "none")))
+    return VectorFormat(dim, bits, quantized=True, group=group, rotation=rotation, scales=scales)
 
 
 @dataclass
@@ -52,12 +55,14 @@ def poisoned(count: int) -> Tensor:
 
 
 @st.composite
-def cases(draw, pages: int = 6) -> Case:
+def cases(draw, pages: int = 6, *, whole: bool = False) -> Case:
+    """``whole``: keys or values may have scales of channels, so that pages are written whole."""
     dtype = draw(dtypes)
+    scales = st.sampled_from(("token", "channel") if whole else ("token",))
     fmt = PageFormat(
         block_size=draw(st.sampled_from((1, 3, 8, 16, 32))),
-        k=draw(vectors(draw(SIZES), dtype)),
-        v=draw(vectors(draw(SIZES), dtype)),
+        k=draw(vectors(draw(SIZES), dtype, draw(scales))),
+        v=draw(vectors(draw(SIZES), dtype, draw(scales))),
     )
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     # Pages stand at any multiple of 64, with gaps between them that nobody may touch.
@@ -69,7 +74,7 @@ def cases(draw, pages: int = 6) -> Case:
 
 
 def regions(fmt: PageFormat) -> list[tuple[int, int]]:
-    """Offset and row bytes of the regions that exist."""
+    """Offset and row bytes of the regions that have rows of tokens."""
     found = [(fmt.k_codes_offset, fmt.k.code_bytes), (fmt.k_meta_offset, fmt.k.meta_bytes)]
     found += [(fmt.v_codes_offset, fmt.v.code_bytes), (fmt.v_meta_offset, fmt.v.meta_bytes)]
     return [(offset, size) for offset, size in found if size]
@@ -81,6 +86,10 @@ def owned(case: Case, addr: Tensor, slot: Tensor) -> Tensor:
     for page, row in zip(addr.tolist(), slot.tolist(), strict=True):
         for offset, size in regions(case.store.fmt):
             mask[page + offset + row * size : page + offset + (row + 1) * size] = True
+        fmt = case.store.fmt
+        for side, offset in ((fmt.k, fmt.k_meta_offset), (fmt.v, fmt.v_meta_offset)):
+            if not side.movable:
+                mask[page + offset : page + offset + side.page_meta_bytes(fmt.block_size)] = True
     return mask
 
 
@@ -92,20 +101,35 @@ def some_slots(case: Case) -> tuple[Tensor, Tensor]:
     return case.addr[picked // size], picked % size
 
 
+def encoded(x: Tensor, fmt: VectorFormat, store: PageStore) -> tuple[Tensor, Tensor]:
+    """Codes and meta of ``x``, keys or values; as a store encodes them."""
+    keys = fmt is store.fmt.k
+    turned = (store.k_basis if keys else store.v_basis).apply(x.float())
+    inner = keys and fmt.bits == 2
+    if not fmt.movable:
+        return channels.encode(turned, fmt, inner=inner)
+    return affine.encode(turned, fmt, inner=inner, projected=keys and fmt.bits <= 4)
+
+
 def stored(x: Tensor, fmt: VectorFormat, store: PageStore) -> Tensor:
     """What reading back must give: in the stored basis."""
     if not fmt.quantized:
         return x
-    rotation = store.k_basis if fmt is store.fmt.k else store.v_basis
-    return affine.decode(*affine.encode(rotation.apply(x.float()), fmt), fmt, store.dtype)
+    decode = affine.decode if fmt.movable else channels.decode
+    return decode(*encoded(x, fmt, store), fmt, store.dtype)
+
+
+def error_bound(x: Tensor, fmt: VectorFormat, store: PageStore) -> Tensor:
+    """What the code of ``x`` may be wrong by, in the stored basis."""
+    _, meta = encoded(x, fmt, store)
+    return affine.error_bound(meta, fmt) if fmt.movable else channels.error_bound(meta, fmt).expand(x.shape)
 
 
 def assert_stored(found: Tensor, x: Tensor, fmt: VectorFormat, store: PageStore) -> None:
     """Bit for bit; after a rotation, a product of other shape may sum in another order, and a code tip over."""
     wanted = stored(x, fmt, store)
     if fmt.quantized and fmt.rotation == "hadamard":
-        _, meta = affine.encode((store.k_basis if fmt is store.fmt.k else store.v_basis).apply(x.float()), fmt)
-        room = 2.1 * affine.error_bound(meta, fmt) + 2.0**-7 * wanted.float().abs()
+        room = 2.1 * error_bound(x, fmt, store) + 2.0**-7 * wanted.float().abs()
         assert bool(((found.float() - wanted.float()).abs() <= room).all())
     else:
         assert torch.equal(found, wanted)
@@ -137,7 +161,7 @@ def test_rows_written_are_read_and_nothing_else_is_touched(case):
 
 
 @quick
-@given(cases())
+@given(cases(whole=True))
 def test_pages_written_are_read_and_nothing_else_is_touched(case):
     store, size = case.store, case.store.fmt.block_size
     addr = case.addr[:4]
@@ -153,20 +177,19 @@ def test_pages_written_are_read_and_nothing_else_is_touched(case):
 
 
 @quick
-@given(cases())
+@given(cases(whole=True))
 def test_decoded_pages_are_within_the_bound(case):
     store, size = case.store, case.store.fmt.block_size
     k, v = case.tokens(case.addr.numel(), size)
     store.write_pages(case.addr, k, v)
-    sides = ((store.fmt.k, store.k_basis, k), (store.fmt.v, store.v_basis, v))
-    for found, (fmt, rotation, x) in zip(store.decode_pages(case.addr), sides, strict=True):
+    sides = ((store.fmt.k, k), (store.fmt.v, v))
+    for found, (fmt, x) in zip(store.decode_pages(case.addr), sides, strict=True):
         assert found.shape == x.shape
         if not fmt.quantized:
             assert torch.equal(found, x)
             continue
-        _, meta = affine.encode(rotation.apply(x.float()), fmt)
         # Orthogonal: the norm of the error in the original basis is that in the stored one.
-        room = affine.error_bound(meta, fmt).norm(dim=-1) * 1.01 + 2.0**-8 * x.float().norm(dim=-1) + 2.0**-20
+        room = error_bound(x, fmt, store).norm(dim=-1) * 1.01 + 2.0**-8 * x.float().norm(dim=-1) + 2.0**-20
         assert bool(((found.float() - x.float()).norm(dim=-1) <= room).all())
 
 
@@ -233,7 +256,7 @@ def test_blocks_are_copied_and_zeroed_bit_for_bit(seed, count, lines):
 
 
 @quick
-@given(cases(), st.integers(0, 2))
+@given(cases(whole=True), st.integers(0, 2))
 def test_seal_and_unseal(case, extra):
     """Raw pages sealed into packed ones of the same arena and unsealed again; raw sides come back bit for bit."""
     packed, size = case.store, case.store.fmt.block_size
@@ -368,6 +391,45 @@ def test_refusals():
         store.read_k(outside)
     with pytest.raises(RuntimeError):
         store.write_rows(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), rows.float(), rows)
+
+
+@quick
+@given(cases(whole=True))
+def test_pages_with_scales_of_channels_are_not_taken_apart(case):
+    """No token of theirs is written or copied alone, but blocks are copied bit for bit."""
+    store, size = case.store, case.store.fmt.block_size
+    k, v = case.tokens(1, size)
+    store.write_pages(case.addr[:1], k, v)
+    before = case.snapshot()
+    copy_blocks(store.arena, case.addr[:1], case.addr[1:2], store.fmt.page_bytes)
+    assert torch.equal(store.read_k(case.addr[1:2]), store.read_k(case.addr[:1]))
+    assert torch.equal(store.read_v(case.addr[1:2]), store.read_v(case.addr[:1]))
+    if store.fmt.movable:
+        return
+    store.arena.copy_(before)
+    slot = torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="whole"):
+        store.copy_rows(case.addr[:1], slot, case.addr[1:2], slot)
+    with pytest.raises(ValueError, match="whole"):
+        store.write_rows(case.addr[:1], slot, k[:, 0], v[:, 0])
+    assert torch.equal(store.arena, before)
+
+
+def test_the_native_kernel_leaves_scales_of_channels_to_torch():
+    if cpu.available():
+        pytest.skip(cpu.available())
+    call = PagesCall(
+        q=torch.zeros(1, 1, 1, 8),
+        arena=poisoned(1024),
+        addr=torch.zeros(1, 1, 1, dtype=torch.int64),
+        shift=0,
+        fmt=PageFormat(8, *(VectorFormat(8, 4, True, 8, "none", scales) for scales in ("channel", "token"))),
+        dtype=torch.float32,
+        scale=1.0,
+        read=lambda pages: (torch.zeros(1, 1, 8, 8),) * 2,
+    )
+    assert cpu.refuses(call) == "does not know scales of channels"
+    assert cpu.refuses(replace(call, fmt=PageFormat(8, call.fmt.v, call.fmt.v))) is None
 
 
 def test_an_arena_inside_a_larger_buffer():

@@ -13,9 +13,10 @@ from kvfold.recipe import Recipe
 
 bits = st.sampled_from([None, 8, 4, 2])
 recipes = st.builds(
-    Recipe,
+    lambda scales="token", **fields: Recipe(**fields, scales=scales if fields["k_bits"] else "token"),
     k_bits=bits,
     v_bits=bits,
+    scales=st.sampled_from(["token", "channel"]),
     rotation=st.sampled_from(["hadamard", "none"]),
     sinks=st.one_of(st.just(4), st.integers(0, 2**20)),
     recent=st.one_of(st.just(64), st.integers(0, 2**30)),
@@ -41,6 +42,7 @@ def test_order_spaces_and_defaults_do_not_matter(recipe, random):
         f" block={recipe.block_size}",
         f"group={recipe.group} ",
         f"rotation={recipe.rotation}",
+        f"scales={recipe.scales}",
     ]
     random.shuffle(options)
     assert Recipe.parse(" , ".join([f" {word}", *options])) == recipe
@@ -61,6 +63,7 @@ def test_fingerprints_tell_recipes_apart(one, other):
         ("int2", Recipe(2, 2)),
         ("k8v4,sinks=4,recent=128", Recipe(8, 4, recent=128)),
         ("k16v2", Recipe(None, 2)),
+        ("int4,scales=channel,block=64", Recipe(4, 4, block_size=64, scales="channel")),
         ("k16v16", Recipe()),
         ("k4v4,rotation=none,group=64,block=16,sinks=0,recent=0", Recipe(4, 4, "none", 0, 0, 16, 64)),
     ],
@@ -76,6 +79,8 @@ def test_known_texts(text, recipe):
         ("k16v16,sinks=4", "raw"),
         ("int8,recent=0", "int8,recent=0"),
         ("k16v8,rotation=hadamard", "k16v8"),
+        ("int4,scales=token", "int4"),
+        ("k4v2,scales=channel,block=64", "k4v2,block=64,scales=channel"),
     ],
 )
 def test_str_is_the_short_form(text, canonical):
@@ -92,6 +97,10 @@ def test_str_is_the_short_form(text, canonical):
         ("int4,sink=4", "'sink'", "did you mean 'sinks'"),
         ("int4,blocks=4", "'blocks'", "did you mean 'block'"),
         ("int4,rotation=hadamar", "'hadamar'", "did you mean 'hadamard'"),
+        ("int4,scales=channels", "'channels'", "did you mean 'channel'"),
+        ("k16v4,scales=channel", "scales", "keys"),
+        ("raw,scales=channel", "scales", "keys"),
+        ("int4:calibrated,scales=channel", "scales", "calibrat"),
         ("int4+snapkv(keep=0.25)", "'snapkv'", "known: raw, int8"),
         ("int4+exact", "'exact'", "known: raw"),
         ("int2:calibrate(file.bin)", "'calibrate'", "calibrated"),
@@ -137,6 +146,8 @@ def test_any_text_is_read_or_refused(text):
         {"v_bits": 16},
         {"k_bits": True},
         {"rotation": "fourier"},
+        {"scales": "page", "k_bits": 4},
+        {"scales": "channel"},
         {"sinks": -1},
         {"recent": 1.5},
         {"block_size": 0},
@@ -168,6 +179,7 @@ def test_packed_formats():
     recipe = Recipe.parse("k16v4,group=64,rotation=none")
     assert recipe.packed_format(96, recipe.k_bits, 2) == VectorFormat.raw(96, 2)
     assert recipe.packed_format(96, recipe.v_bits, 2) == VectorFormat(96, 4, True, 64, "none")
+    assert recipe.packed_format(96, 2, 2, "channel") == VectorFormat(96, 2, True, 64, "none", "channel")
 
 
 def test_supports_hands_on_what_the_model_cannot():

@@ -7,6 +7,7 @@ Thomas, section 10.3). A basis that is cut off where bits run out is a low rank.
 
 Files are safetensors: for layer ``i`` and side ``s`` (``k``, ``v``) the float32 arrays ``i.s.encode [H, D, D]`` (its
 columns the directions, in units of their standard deviation), ``i.s.decode [H, D, D]`` (its inverse),
+``i.s.mean [H, D]`` (what comes off first; zero for values),
 ``i.s.step [H, 3, D]`` (best steps at 8, 4 and 2 bits) and ``i.s.distortion [H, 4, D]`` (at 8, 4, 2 and 0 bits).
 """
 
@@ -90,8 +91,10 @@ class Calibration:
             total += float(sum(cost[_row(width), dim] for dim, width in enumerate(widths)))
         return total
 
-    def matrices(self, layer: int, side: Side, bands: Bands) -> tuple[Array, Array]:
-        """``encode [H, D, r]`` to steps of one, and ``decode [H, r, D]`` back, of the dims in ``bands``."""
+    def matrices(self, layer: int, side: Side, bands: Bands) -> tuple[Array, Array, Array]:
+        """``encode [H, D, r]`` to steps of one, ``decode [H, r, D]`` back, of the dims in ``bands``, and the mean
+        ``[H, D]`` that comes off first.
+        """
         name = f"{layer}.{side}"
         step = self.arrays[f"{name}.step"]
         widths = np.repeat([WIDTHS.index(bits) for bits, _ in bands], [dims for _, dims in bands])
@@ -99,7 +102,7 @@ class Calibration:
         steps = step[:, widths, np.arange(rank)]
         encode = self.arrays[f"{name}.encode"][:, :, :rank] / steps[:, None, :]
         decode = self.arrays[f"{name}.decode"][:, :rank, :] * steps[:, :, None]
-        return encode.astype(np.float32), decode.astype(np.float32)
+        return encode.astype(np.float32), decode.astype(np.float32), self.arrays[f"{name}.mean"]
 
     def _cost(self, layer: int, side: Side) -> Array:
         """``[4, D / unit]``: what units of dims cost at each of the widths and at none, all heads together."""
@@ -120,9 +123,10 @@ class Calibration:
         return clusters
 
 
-_PARTS: Final[Mapping[str, Callable[[int, int], tuple[int, int, int]]]] = {
+_PARTS: Final[Mapping[str, Callable[[int, int], tuple[int, ...]]]] = {
     "encode": lambda heads, dim: (heads, dim, dim),
     "decode": lambda heads, dim: (heads, dim, dim),
+    "mean": lambda heads, dim: (heads, dim),
     "step": lambda heads, dim: (heads, len(WIDTHS), dim),
     "distortion": lambda heads, dim: (heads, len(WIDTHS) + 1, dim),
 }

@@ -7,6 +7,8 @@ A page, in bytes (each region padded to 16, the page to 64)::
 
     [K codes  S x k.code_bytes][K meta  S x k.groups x (scale, zero) bf16][V codes][V meta]
 
+With scales of channels, the meta of a page is a row of scales and a row of zeros, ``2 x D'`` bf16.
+
 Codes of one token: 8 bits, one byte a dim; 4 bits, byte ``j`` holds dim ``j`` (low nibble) and dim ``j + D'/2``; 2
 bits, byte ``j`` holds dims ``j, j + D'/4, j + 2D'/4, j + 3D'/4`` from low to high bits (``D' = stored_dim``).
 Splitting by halves and quarters means that unpacking needs no interleave.
@@ -32,6 +34,7 @@ __all__ = [
     "BlockCounts",
     "PageFormat",
     "Rotation",
+    "Scales",
     "VectorFormat",
     "block_counts",
     "first_live",
@@ -42,6 +45,7 @@ __all__ = [
 ]
 
 Rotation = Literal["hadamard", "none"]
+Scales = Literal["token", "channel"]
 
 REGION_ALIGN: Final = 16
 """Each region of a page starts at a multiple of this many bytes."""
@@ -66,7 +70,8 @@ class VectorFormat:
     """How one key or value vector of ``dim`` numbers is stored.
 
     Raw (``quantized=False``): ``bits`` is the width of the model dtype, ``group`` and ``rotation`` mean nothing.
-    Quantized: ``bits`` a code (8, 4 or 2), one (scale, zero) pair for each group of at most ``group`` dims.
+    Quantized: ``bits`` a code (8, 4 or 2), and a (scale, zero) pair for each token and group of at most ``group`` dims;
+    with ``scales="channel"`` for each dim of a page instead, over all of its tokens (``group`` then means nothing).
     """
 
     dim: int
@@ -74,6 +79,7 @@ class VectorFormat:
     quantized: bool
     group: int
     rotation: Rotation
+    scales: Scales = "token"
 
     def __post_init__(self) -> None:
         if self.dim < 1 or self.group < 1:
@@ -82,6 +88,8 @@ class VectorFormat:
             raise ValueError(f"{self.bits} bits is no {'quantized' if self.quantized else 'raw'} width")
         if self.rotation not in ("hadamard", "none"):
             raise ValueError(f"unknown rotation {self.rotation!r}")
+        if self.scales not in ("token", "channel") or (self.scales == "channel" and not self.quantized):
+            raise ValueError(f"unknown scales {self.scales!r} of a {'quantized' if self.quantized else 'raw'} format")
 
     @classmethod
     def raw(cls, dim: int, dtype_bytes: int) -> VectorFormat:
@@ -89,9 +97,16 @@ class VectorFormat:
         return cls(dim=dim, bits=8 * dtype_bytes, quantized=False, group=dim, rotation="none")
 
     @property
+    def movable(self) -> bool:
+        """Whether the codes of a token mean the same in any page: false when the page has the scales."""
+        return self.scales == "token"
+
+    @property
     def groups(self) -> int:
-        """Groups of dims, each with its own scale and zero; 0 when raw."""
-        return -(-self.dim // min(self.group, self.dim)) if self.quantized else 0
+        """Groups of dims, each with its own scale and zero for every token; 0 when raw, 1 with scales of channels."""
+        if not self.quantized:
+            return 0
+        return -(-self.dim // min(self.group, self.dim)) if self.movable else 1
 
     @property
     def stored_dim(self) -> int:
@@ -110,13 +125,17 @@ class VectorFormat:
 
     @property
     def meta_bytes(self) -> int:
-        """Bytes of one token's scales and zeros."""
-        return _META_BYTES * self.groups
+        """Bytes of one token's scales and zeros; 0 when they are its page's."""
+        return _META_BYTES * self.groups if self.movable else 0
 
     @property
     def token_bytes(self) -> int:
-        """Bytes one token takes, codes and meta, without the padding of the page."""
+        """Bytes one token takes, codes and meta, without the padding of the page and what the page has of its own."""
         return self.code_bytes + self.meta_bytes
+
+    def page_meta_bytes(self, block_size: int) -> int:
+        """Bytes of the scales and zeros of a page of ``block_size`` tokens."""
+        return block_size * self.meta_bytes if self.movable else _META_BYTES * self.stored_dim
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +150,7 @@ class BandFormat:
     bands: tuple[tuple[int, int], ...]
 
     quantized: ClassVar[bool] = True
+    movable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         widths = [bits for bits, _ in self.bands]
@@ -159,6 +179,10 @@ class BandFormat:
         """Bytes one token takes, codes and meta, without the padding of the page."""
         return self.code_bytes + self.meta_bytes
 
+    def page_meta_bytes(self, block_size: int) -> int:
+        """Bytes of the stretches of a page of ``block_size`` tokens."""
+        return block_size * self.meta_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class PageFormat:
@@ -179,23 +203,28 @@ class PageFormat:
 
     @property
     def k_meta_offset(self) -> int:
-        """Byte offset of the key scales and zeros ``[S, k.groups, 2]`` (bf16)."""
+        """Byte offset of the key scales and zeros ``[S, k.groups, 2]`` (of channels: ``[2, k.stored_dim]``), bf16."""
         return _align(self.block_size * self.k.code_bytes, REGION_ALIGN)
 
     @property
     def v_codes_offset(self) -> int:
         """Byte offset of the value codes ``[S, v.code_bytes]``."""
-        return self.k_meta_offset + _align(self.block_size * self.k.meta_bytes, REGION_ALIGN)
+        return self.k_meta_offset + _align(self.k.page_meta_bytes(self.block_size), REGION_ALIGN)
 
     @property
     def v_meta_offset(self) -> int:
-        """Byte offset of the value scales and zeros ``[S, v.groups, 2]`` (bf16)."""
+        """Byte offset of the value scales and zeros, as those of the keys."""
         return self.v_codes_offset + _align(self.block_size * self.v.code_bytes, REGION_ALIGN)
+
+    @property
+    def movable(self) -> bool:
+        """Whether tokens can be stored and copied one by one; else pages are written and copied whole."""
+        return self.k.movable and self.v.movable
 
     @property
     def page_bytes(self) -> int:
         """Bytes of the whole page, a multiple of 64."""
-        return _align(self.v_meta_offset + _align(self.block_size * self.v.meta_bytes, REGION_ALIGN), PAGE_ALIGN)
+        return _align(self.v_meta_offset + _align(self.v.page_meta_bytes(self.block_size), REGION_ALIGN), PAGE_ALIGN)
 
 
 def sink_blocks(sinks: int, block_size: int) -> int:

@@ -222,7 +222,7 @@ def _packed_formats(layers: Sequence[LayerGeometry], recipe: Recipe, dtype_bytes
     if recipe.calibration is None:
         return {
             layer.index: (
-                recipe.packed_format(layer.k_dim, recipe.k_bits, dtype_bytes),
+                recipe.packed_format(layer.k_dim, recipe.k_bits, dtype_bytes, recipe.scales),
                 recipe.packed_format(layer.v_dim, recipe.v_bits, dtype_bytes),
             )
             for layer in layers

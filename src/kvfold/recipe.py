@@ -5,7 +5,7 @@
     recipe  = word [ ":calibrated" [ "(" file ")" ] ] { "," option "=" value }
     word    = "raw" | "int8" | "int4" | "int2" | "k" bits "v" bits
     bits    = 16 | 8 | 4 | 2   (16: that side stays raw)
-    option  = "sinks" | "recent" | "block" | "group" | "rotation"
+    option  = "sinks" | "recent" | "block" | "group" | "rotation" | "scales"
 
 With ``:calibrated``, bits are the average over all dims and layers, in eighths: ``int2.5:calibrated``. ``+word(args)``
 is kept free for further axes; a word that is not known is refused by name, never ignored.
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from kvfold.errors import RecipeError
-from kvfold.formats import Rotation, VectorFormat
+from kvfold.formats import Rotation, Scales, VectorFormat
 
 __all__ = ["CALIBRATION_FILE", "Recipe"]
 
@@ -34,18 +34,23 @@ _BITS: Final = (8, 4, 2)
 _WORDS: Final = ("raw", "int8", "int4", "int2", "kXvY")
 _LEAST_BITS: Final = 0.5  # of a calibrated side
 _ROTATIONS: Final[tuple[Rotation, ...]] = ("hadamard", "none")
+_SCALES: Final[tuple[Scales, ...]] = ("token", "channel")
+_CHOICES: Final[dict[str, tuple[str, ...]]] = {"rotation": _ROTATIONS, "scales": _SCALES}
+"""Options that take one of a few words."""
+
 _OPTIONS: Final = {
     "sinks": "sinks",
     "recent": "recent",
     "block": "block_size",
     "group": "group",
     "rotation": "rotation",
+    "scales": "scales",
 }
 """Option word -> field of the recipe, in the order in which ``str`` writes them."""
 
 _LIMITS: Final = {"sinks": (0, 2**20), "recent": (0, 2**30), "block_size": (1, 1024), "group": (1, 2**16)}
-_CALIBRATION: Final = re.compile(r"([^()\s]|[^()\s][^()]*[^()\s])?")
-_PIECE: Final = re.compile(r"\s*([,:+]?)\s*([^,:+()]*?)\s*(\([^()]*\))?\s*(?=[,:+]|$)", re.DOTALL)
+_IN_BRACKETS: Final = r"(?:[^()]|\([^()]*\))*"
+_PIECE: Final = re.compile(rf"\s*([,:+]?)\s*([^,:+()]*?)\s*(\({_IN_BRACKETS}\))?\s*(?=[,:+]|$)", re.DOTALL)
 
 
 class _Geometry(Protocol):
@@ -70,8 +75,9 @@ class Recipe:
     ``k_bits``, ``v_bits``: width of a packed code (8, 4, 2), None keeps that side in the model dtype. ``rotation``:
     the orthogonal basis codes are taken in. ``sinks``, ``recent``: tokens at the start and at the end of a sequence
     that stay raw. ``block_size``: tokens a block holds. ``group``: dims sharing one scale and zero (at most the head
-    dim). ``calibration``: a file that ``kvfold calibrate`` made, whose bases take the place of the rotation, with
-    ``k_bits`` and ``v_bits`` as averages; ``""`` means the one beside the model's weights (see :meth:`located`).
+    dim). ``scales``: whether keys have these for each token, as values do, or for each channel of a block.
+    ``calibration``: a file that ``kvfold calibrate`` made, whose bases take the place of the rotation, with ``k_bits``
+    and ``v_bits`` as averages; ``""`` means the one beside the model's weights (see :meth:`located`).
     """
 
     k_bits: float | None = None
@@ -82,6 +88,7 @@ class Recipe:
     block_size: int = 32
     group: int = 128
     calibration: str | None = None
+    scales: Scales = "token"
 
     def __post_init__(self) -> None:
         for side, bits in (("k_bits", self.k_bits), ("v_bits", self.v_bits)):
@@ -92,14 +99,19 @@ class Recipe:
             elif bits is not None and (isinstance(bits, bool) or bits not in _BITS):
                 hint = "use 8, 4 or 2, None keeps it raw; other averages need a calibration"
                 raise RecipeError(f"bad recipe field {side}={bits!r}", hint=hint)
-        if self.calibration is not None and (self.rotation, self.group) != ("hadamard", 128):
+        if self.calibration is not None and (self.rotation, self.group, self.scales) != ("hadamard", 128, "token"):
             why = "calibrated codes bring their own basis and have one scale a token"
-            raise RecipeError("bad recipe: rotation or group with a calibration", why=why, hint="leave them out")
-        if self.calibration is not None and not _CALIBRATION.fullmatch(str(self.calibration)):
-            why = "the text form has no room for brackets, or spaces at an end, in the name of a file"
-            raise RecipeError(f"bad recipe field calibration={self.calibration!r}", why=why)
-        if self.rotation not in _ROTATIONS:
-            raise RecipeError(f"bad recipe field rotation={self.rotation!r}", hint="use " + " or ".join(_ROTATIONS))
+            raise RecipeError("bad recipe: rotation, group, scales with a calibration", why=why, hint="leave them out")
+        file = self.calibration
+        if file is not None and (file != str(file).strip() or not re.fullmatch(_IN_BRACKETS, file)):
+            why = "it must be the name of a file without spaces at its ends, its brackets in pairs"
+            raise RecipeError(f"bad recipe field calibration={file!r}", why=why)
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise RecipeError(f"bad recipe field {name}={getattr(self, name)!r}", hint="use " + " or ".join(known))
+        if self.scales == "channel" and self.k_bits is None:
+            why = "only keys have scales of channels, and these keys are not packed"
+            raise RecipeError("bad recipe field scales='channel'", why=why, hint="leave it out")
         for name, (low, high) in _LIMITS.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -163,13 +175,13 @@ class Recipe:
         """Whether every number stays in the model dtype, so that nothing is ever packed."""
         return self.k_bits is None and self.v_bits is None
 
-    def packed_format(self, dim: int, bits: float | None, dtype_bytes: int) -> VectorFormat:
+    def packed_format(self, dim: int, bits: float | None, dtype_bytes: int, scales: Scales = "token") -> VectorFormat:
         """How a vector of ``dim`` numbers is kept in a packed page at ``bits`` (``k_bits`` or ``v_bits``); None: as
-        it is.
+        it is. ``scales``: the recipe's, for keys.
         """
         if bits is None:
             return VectorFormat.raw(dim, dtype_bytes)
-        return VectorFormat(dim=dim, bits=int(bits), quantized=True, group=self.group, rotation=self.rotation)
+        return VectorFormat(dim, int(bits), quantized=True, group=self.group, rotation=self.rotation, scales=scales)
 
     def supports(self, geometry: _Geometry) -> list[str]:
         """Every reason why this recipe cannot serve a model of this geometry; empty when it can."""
@@ -227,9 +239,9 @@ def _parse_option(body: str, text: str) -> tuple[str, int | str]:
         raise _unknown("option", option, _OPTIONS, text)
     if not equals or not value:
         raise RecipeError(f"bad recipe {text!r}", why=f"option {option!r} has no value", hint=f"write {option}=...")
-    if option == "rotation":
-        if value not in _ROTATIONS:
-            raise _unknown("rotation", value, _ROTATIONS, text)
+    if option in _CHOICES:
+        if value not in _CHOICES[option]:
+            raise _unknown(option, value, _CHOICES[option], text)
         return option, value
     if re.fullmatch(r"[0-9]{1,12}", value, re.ASCII) is None:
         raise RecipeError(f"bad recipe {text!r}", why=f"option {option!r} needs a whole number, not {value!r}")

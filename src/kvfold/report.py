@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -137,13 +137,16 @@ def eval_report(console: Console, evaluation: Evaluation) -> None:
     _print_tasks(console, evaluation.rows)
 
 
-_TASK_COLUMNS = 5
+_TASK_WIDTH = 17
+_NAME_WIDTH = 24
 
 
 def _print_tasks(console: Console, rows: Sequence[Row]) -> None:
     tasks = list(dict.fromkeys(task for row in rows for task in row.tasks))
-    for start in range(0, len(tasks), _TASK_COLUMNS):
-        some = tasks[start : start + _TASK_COLUMNS]
+    name = min(_NAME_WIDTH, max(len(row.contestant) for row in rows))
+    columns = max(1, (console.width - name) // _TASK_WIDTH)
+    for start in range(0, len(tasks), columns):
+        some = tasks[start : start + columns]
         table = _table("Tasks, % right (95 % interval)" if not start else None, ("", *some))
         for row in rows:
             table.add_row(row.contestant, *(_score(row.tasks.get(task)) for task in some))
@@ -153,8 +156,9 @@ def _print_tasks(console: Console, rows: Sequence[Row]) -> None:
 def _table(title: str | None, headings: Sequence[str]) -> Table:
     """The first column names the contestant, the others are figures."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    for heading in headings:
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=bool(heading), overflow="fold")
+    for index, heading in enumerate(headings):
+        justify: Literal["left", "right"] = "right" if index else "left"
+        table.add_column(heading, justify=justify, no_wrap=bool(index), overflow="fold")
     return table
 
 

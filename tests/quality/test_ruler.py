@@ -58,8 +58,8 @@ def swapped_scales(monkeypatch: pytest.MonkeyPatch) -> None:
     """The scales of two neighbouring tokens change places."""
     encode = affine.encode
 
-    def broken(x: Tensor, fmt: Any) -> tuple[Tensor, Tensor]:
-        codes, meta = encode(x, fmt)
+    def broken(x: Tensor, fmt: Any, **options: bool) -> tuple[Tensor, Tensor]:
+        codes, meta = encode(x, fmt, **options)
         if meta.dim() >= 3 and meta.shape[-3] > 1:
             pair = meta[..., 4:6, :, :].clone()
             meta[..., 4:6, :, :] = pair.flip(-3)
@@ -72,8 +72,8 @@ def shifted_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every packed page goes where its neighbour belongs."""
     write = PageStore.write_pages
 
-    def broken(self: PageStore, addr: Tensor, k: Tensor, v: Tensor) -> None:
-        write(self, addr.roll(1) if self.fmt.k.quantized else addr, k, v)
+    def broken(self: PageStore, addr: Tensor, k: Tensor, v: Tensor, layer: int | None = None) -> None:
+        write(self, addr.roll(1) if self.fmt.k.quantized else addr, k, v, layer)
 
     monkeypatch.setattr(PageStore, "write_pages", broken)
 
@@ -82,9 +82,9 @@ def shifted_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every token of a packed page goes one slot too far."""
     write = PageStore.write_pages
 
-    def broken(self: PageStore, addr: Tensor, k: Tensor, v: Tensor) -> None:
+    def broken(self: PageStore, addr: Tensor, k: Tensor, v: Tensor, layer: int | None = None) -> None:
         turns = 1 if self.fmt.k.quantized else 0
-        write(self, addr, k.roll(turns, 1), v)
+        write(self, addr, k.roll(turns, 1), v, layer)
 
     monkeypatch.setattr(PageStore, "write_pages", broken)
 

@@ -45,5 +45,8 @@ def attend_decode(
         )
         o, lse = registry.select("attend_pages", pages).run(pages)
         o = piece.unrotate_output(o.reshape(n, q_heads, -1), layer_in_group, call.latent)
-        results.append((o, lse.reshape(n, q_heads)))
+        lse = lse.reshape(n, q_heads)
+        if (offset := piece.offset(wide, layer_in_group, call.latent)) is not None:
+            lse = lse + call.scale * offset
+        results.append((o, lse))
     return merge(results)

@@ -87,6 +87,10 @@ class PagePiece:
             return torch.cat((keys.query(head, layer_in_group), values.query(tail, layer_in_group)), dim=-1)
         return keys.query(q, layer_in_group)
 
+    def offset(self, q: Tensor, layer_in_group: int, latent: LatentProjection | None) -> Tensor | None:
+        """What the products with the stored keys all lack of the scores of ``q``, ``[..., Hq]``; None: nothing."""
+        return None if latent is not None else self.store.k_basis.offset(q, layer_in_group)
+
     def unrotate_output(self, o: Tensor, layer_in_group: int, latent: LatentProjection | None) -> Tensor:
         """Output ``[..., Hq, Dv]`` taken back from the basis of the stored values (for latents, expanded to value
         heads).

@@ -119,7 +119,10 @@ def _past_piece(
     dense = DenseCall(q=rows, k=k, v=v, scale=call.scale, bias=bias, softcap=call.softcap)
     o, lse = registry.select("attend_dense", dense).run(dense)
     o = o.reshape(q_heads, count, -1).transpose(0, 1)
-    return span.piece.unrotate_output(o, layer_in_group, call.latent), lse.reshape(q_heads, count).transpose(0, 1)
+    lse = lse.reshape(q_heads, count).transpose(0, 1)
+    if (offset := span.piece.offset(q, layer_in_group, call.latent)) is not None:
+        lse = lse + call.scale * offset
+    return span.piece.unrotate_output(o, layer_in_group, call.latent), lse
 
 
 def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:

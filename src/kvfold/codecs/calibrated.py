@@ -1,9 +1,10 @@
 """The calibrated basis: for each layer and KV head, the directions in which an error costs least, sorted.
 
-``store`` takes a key or value ``x [D]`` to ``x @ encode [D, r]``, in units of static steps; ``restore`` takes it back
-by ``decode [r, D]``. The two are not orthogonal: ``decode`` inverts ``encode`` on the kept dims. Queries therefore go
+``store`` takes a key or value ``x [D]`` to ``(x - mean) @ encode [D, r]``, in units of static steps; ``restore`` takes
+it back by ``decode [r, D]``. The two are not orthogonal: ``decode`` inverts ``encode`` on the kept dims. Queries go
 through ``decode`` transposed, ``q . (y @ decode) = (q @ decode.T) . y``, and outputs through ``decode``, both once per
-step. How the matrices are found: `kvfold.calibration`.
+step. The mean of keys adds the same ``q . mean`` to all scores of a piece, and so to the log of its sum of
+exponentials; values have none. How the matrices are found: `kvfold.calibration`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ __all__ = ["CalibratedBasis", "calibrated_bases"]
 
 
 class CalibratedBasis:
-    """The `Basis` of the layers of a group. ``encode [L, H, D, r]``, ``decode [L, H, r, D]``, float32.
+    """The `Basis` of the layers of a group. ``encode [L, H, D, r]``, ``decode [L, H, r, D]`` and
+    ``mean [L, H, D]``, float32.
 
     Computes in float32, whatever it is given; ``store`` and ``restore`` return float32, ``query`` and ``output`` the
     dtype of their input.
@@ -28,25 +30,41 @@ class CalibratedBasis:
 
     is_identity = False
 
-    def __init__(self, encode: Tensor, decode: Tensor) -> None:
+    def __init__(self, encode: Tensor, decode: Tensor, mean: Tensor) -> None:
         self._encode = encode
         self._decode = decode
+        self._mean = mean if bool(mean.any()) else None
 
     def store(self, x: Tensor, layer: int | None) -> Tensor:
         """See `Basis`."""
-        return _by_head(x.float(), self._of(self._encode, layer))
+        return _by_head(self._moved(x.float(), layer, -1), self._of(self._encode, layer))
 
     def restore(self, x: Tensor, layer: int | None) -> Tensor:
         """See `Basis`."""
-        return _by_head(x.float(), self._of(self._decode, layer))
+        return self._moved(_by_head(x.float(), self._of(self._decode, layer)), layer, 1)
 
     def query(self, q: Tensor, layer: int) -> Tensor:
         """See `Basis`."""
         return self._grouped(q, self._decode[layer].mT)
 
+    def offset(self, q: Tensor, layer: int) -> Tensor | None:
+        """See `Basis`."""
+        if self._mean is None:
+            return None
+        heads = q.float().unflatten(-2, (self._mean.shape[1], -1))
+        return torch.einsum("...hgd,hd->...hg", heads, self._mean[layer]).flatten(-2)
+
     def output(self, o: Tensor, layer: int) -> Tensor:
         """See `Basis`."""
         return self._grouped(o, self._decode[layer])
+
+    def _moved(self, x: Tensor, layer: int | None, sign: int) -> Tensor:
+        """Pages or rows with the means of their heads added (or taken off)."""
+        if self._mean is None:
+            return x
+        mean = self._of(self._mean, layer)
+        apart = x.unflatten(0, (-1, mean.shape[0]))
+        return torch.add(apart, mean if x.dim() == 2 else mean[:, None], alpha=sign).flatten(0, 1)
 
     @staticmethod
     def _of(matrices: Tensor, layer: int | None) -> Tensor:
@@ -66,11 +84,11 @@ def calibrated_bases(
     calibration = Calibration.load(path)
 
     def basis(side: Side, bands: BandFormat) -> CalibratedBasis:
-        pairs = [calibration.matrices(layer, side, bands.bands) for layer in layers]
-        encode, decode = (
-            torch.stack([torch.from_numpy(x) for x in each]).to(device) for each in zip(*pairs, strict=True)
+        found = [calibration.matrices(layer, side, bands.bands) for layer in layers]
+        encode, decode, mean = (
+            torch.stack([torch.from_numpy(x) for x in each]).to(device) for each in zip(*found, strict=True)
         )
-        return CalibratedBasis(encode, decode)
+        return CalibratedBasis(encode, decode, mean)
 
     if not isinstance(fmt.k, BandFormat) or not isinstance(fmt.v, BandFormat):
         raise TypeError(f"{fmt} is not a format of calibrated pages")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvfold.codecs import affine, banded
+from kvfold.codecs import affine, banded, channels
 from kvfold.codecs.rotation import Basis, Rotation
 from kvfold.formats import PAGE_ALIGN, BandFormat, PageFormat, VectorFormat
 
@@ -78,21 +78,40 @@ class _Region:
 
 
 class _Side:
-    """The keys or the values of a page format: one region of codes and, when quantized, one of meta."""
+    """The keys or the values of a page format: one region of codes and, when quantized, one of meta.
+
+    Of ``keys``, 2-bit levels stand inside of their range and 4 and 2 bits keep their projection: see `affine`.
+    """
 
     def __init__(
-        self, arena: Tensor, fmt: VectorFormat | BandFormat, basis: Basis, offsets: tuple[int, int], block_size: int
+        self,
+        arena: Tensor,
+        fmt: VectorFormat | BandFormat,
+        basis: Basis,
+        offsets: tuple[int, int],
+        block_size: int,
+        *,
+        keys: bool = False,
     ) -> None:
         self.fmt = fmt
         self.basis = basis
         self.block_size = block_size
+        bits = fmt.bits if keys and isinstance(fmt, VectorFormat) else None
+        self.inner = bits == 2
+        self.projected = bits in (4, 2)
         self.codes = _Region(arena, offsets[0], fmt.code_bytes, block_size)
-        self.meta = _Region(arena, offsets[1], fmt.meta_bytes, block_size) if fmt.quantized else None
+        # What belongs to the page as a whole counts as one row.
+        rows = block_size if fmt.movable else 1
+        self.meta = _Region(arena, offsets[1], fmt.page_meta_bytes(block_size) // rows, rows) if fmt.quantized else None
 
     def encode(self, x: Tensor, layer: int | None) -> tuple[Tensor, Tensor]:
         # Rotated in float32: bfloat16 would cost as much error as the rounding to an 8-bit code.
         rows = self.basis.store(x.float(), layer)
-        return banded.encode(rows, self.fmt) if isinstance(self.fmt, BandFormat) else affine.encode(rows, self.fmt)
+        if isinstance(self.fmt, BandFormat):
+            return banded.encode(rows, self.fmt)
+        if self.fmt.movable:
+            return affine.encode(rows, self.fmt, inner=self.inner, projected=self.projected)
+        return channels.encode(rows, self.fmt, inner=self.inner)
 
     def write_rows(self, addr: Tensor, slot: Tensor, x: Tensor, layer: int, heads: int) -> None:
         if self.meta is None:
@@ -123,6 +142,10 @@ class _Side:
         meta = self.meta.pages.take(flat)
         if isinstance(self.fmt, BandFormat):
             return banded.decode(codes, meta.view(torch.uint8).view(*lead, 1), self.fmt, dtype)
+        if not self.fmt.movable:
+            pages = codes.view(-1, self.block_size, self.fmt.code_bytes)
+            scales = meta.view(torch.bfloat16).view(-1, 2, self.fmt.stored_dim)
+            return channels.decode(pages, scales, self.fmt, dtype).view(*lead, self.fmt.dim)
         return affine.decode(codes, meta.view(torch.bfloat16).view(*lead, self.fmt.groups, 2), self.fmt, dtype)
 
     def decode(self, addr: Tensor, dtype: torch.dtype, layer: int | None) -> Tensor:
@@ -177,15 +200,20 @@ class PageStore:
             raise ValueError("an arena is a contiguous one-dimensional uint8 tensor aligned to 16 bytes")
         fmt = self.fmt
         self.arena = arena
-        self._k = _Side(arena, fmt.k, self.k_basis, (fmt.k_codes_offset, fmt.k_meta_offset), fmt.block_size)
+        self._k = _Side(arena, fmt.k, self.k_basis, (fmt.k_codes_offset, fmt.k_meta_offset), fmt.block_size, keys=True)
         self._v = _Side(arena, fmt.v, self.v_basis, (fmt.v_codes_offset, fmt.v_meta_offset), fmt.block_size)
 
     def write_rows(self, addr: Tensor, slot: Tensor, k: Tensor, v: Tensor, layer: int = 0) -> None:
         """Store tokens of a layer: ``k [N, Dk]``, ``v [N, Dv]``, heads fastest, into slot ``slot [N]`` of page ``addr
-        [N]`` (no pair twice).
+        [N]`` (no pair twice). ValueError if the pages have scales of channels.
         """
+        self._by_token()
         self._k.write_rows(addr, slot, k, layer, self.heads)
         self._v.write_rows(addr, slot, v, layer, self.heads)
+
+    def _by_token(self) -> None:
+        if not self.fmt.movable:
+            raise ValueError("pages with scales of channels are written and copied whole, not token by token")
 
     def write_pages(self, addr: Tensor, k: Tensor, v: Tensor, layer: int | None = None) -> None:
         """Store whole pages: ``k [P, S, Dk]``, ``v [P, S, Dv]`` into pages ``addr [P]`` (none twice)."""
@@ -212,8 +240,9 @@ class PageStore:
     def copy_rows(self, src_addr: Tensor, src_slot: Tensor, dst_addr: Tensor, dst_slot: Tensor) -> None:
         """Copy the stored bytes of tokens (all ``[N]``) from slot to slot, bit for bit; nothing is encoded again.
 
-        All sources are read before anything is written.
+        All sources are read before anything is written. ValueError if the pages have scales of channels.
         """
+        self._by_token()
         self._k.copy_rows((src_addr, src_slot), (dst_addr, dst_slot))
         self._v.copy_rows((src_addr, src_slot), (dst_addr, dst_slot))
 

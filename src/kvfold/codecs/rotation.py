@@ -56,6 +56,12 @@ class Basis(Protocol):
         """Queries ``[..., Hq, dim]`` such that their products with stored keys are the scores."""
         ...
 
+    def offset(self, q: Tensor, layer: int) -> Tensor | None:
+        """What the products of ``query(q)`` with stored keys all lack of the scores ``[..., Hq]``, float32; None:
+        nothing.
+        """
+        ...
+
     def output(self, o: Tensor, layer: int) -> Tensor:
         """Sums of stored values ``[..., Hq, r]`` as sums of the model's values ``[..., Hq, dim]``."""
         ...
@@ -106,6 +112,9 @@ class Rotation:
     def query(self, q: Tensor, layer: int) -> Tensor:
         """See `Basis`."""
         return self.apply(q)
+
+    def offset(self, q: Tensor, layer: int) -> None:
+        """See `Basis`."""
 
     def output(self, o: Tensor, layer: int) -> Tensor:
         """See `Basis`."""

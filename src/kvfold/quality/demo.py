@@ -98,11 +98,8 @@ def run_demo(
     forced = _transcript(tokenizer, document)
     longest = max(len(forced) + _DECODE_STEPS, max(map(len, prompts)) + _ANSWER_TOKENS)
     if longest > (limit := Geometry.from_config(model.config).max_positions):
-        raise RequestError(
-            f"{longest} tokens of document and questions",
-            why=f"the model takes {limit} positions",
-            hint="ask for a shorter document",
-        )
+        why = f"the model takes {limit} positions"
+        raise RequestError(f"{longest} tokens of document and questions", why=why, hint="ask for a shorter document")
     rows: list[DemoRow] = []
     reference, raw_bytes = None, 0
     for text, recipe in parsed.items():

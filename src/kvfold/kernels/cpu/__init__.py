@@ -106,6 +106,8 @@ def _layout(fmt: PageFormat, dtype: torch.dtype) -> object:
         return native
     if isinstance(fmt.k, BandFormat) or isinstance(fmt.v, BandFormat):
         return "does not know banded codes"
+    if not fmt.movable:
+        return "does not know scales of channels"
     for side in (fmt.k, fmt.v):
         if side.groups > 1:
             return f"knows one scale a token, not {side.groups} groups of dims"

@@ -30,11 +30,21 @@ _TRIED = {
 """Steps that are tried, in standard deviations: from the best for a Gaussian to those for heavy tails."""
 
 
-def fit(moments: Moments) -> Fitted:
-    """The basis of one side of one layer, its best steps, and what they cost in nats per token."""
-    rows = torch.cat(moments.rows, dim=1)
+def fit(moments: Moments, *, centred: bool = False) -> Fitted:
+    """The basis of one side of one layer, its best steps, and what they cost in nats per token.
+
+    ``centred``: the mean comes off first. A constant part of keys changes no weight among them, and would take the
+    leading dims.
+    """
+    rows = torch.cat(moments.rows, dim=1).float()
+    means = moments.sums.cpu() / moments.count * centred
     heads = [
-        _fit_head(moments.vectors[h].cpu() / moments.count, moments.gradients[h].cpu() / moments.count, rows[h].float())
+        _fit_head(
+            moments.vectors[h].cpu() / moments.count - means[h].outer(means[h]),
+            moments.gradients[h].cpu() / moments.count,
+            rows[h] - means[h].float(),
+        )
+        | {"mean": means[h]}
         for h in range(rows.shape[0])
     ]
     return {name: torch.stack([head[name] for head in heads]).float().contiguous() for name in heads[0]}

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from kvfold.errors import UnsupportedError
+from kvfold.errors import NumericsError, UnsupportedError
 from kvfold.geometry import Geometry
 from kvfold.modeling import attention_configs
 
@@ -31,12 +31,13 @@ _ROWS_PER_PASSAGE = 1024
 
 @dataclass(slots=True)
 class Moments:
-    """Of one side of one layer: second moments of vectors and of gradients ``[H, D, D]`` (sums, float64), and a sample
-    of the vectors ``[H, n, D]``.
+    """Of one side of one layer: second moments of vectors and of gradients ``[H, D, D]``, the vectors themselves
+    ``[H, D]`` (sums, float64), and a sample of them ``[H, n, D]``.
     """
 
     vectors: Tensor
     gradients: Tensor
+    sums: Tensor
     count: int = 0
     rows: list[Tensor] = field(default_factory=list)
 
@@ -44,15 +45,16 @@ class Moments:
     def zero(cls, heads: int, dim: int, device: torch.device) -> Moments:
         """Nothing observed yet."""
         zero = torch.zeros(heads, dim, dim, dtype=torch.float64, device=device)
-        return cls(zero, zero.clone())
+        return cls(zero, zero.clone(), zero[:, 0].clone())
 
     def add(self, x: Tensor, gradient: Tensor) -> None:
         """Vectors ``[H, T, D]`` and what the log-probabilities' sum depends on them."""
         wide, steep = x.double(), gradient.double()
         self.vectors += wide.mT @ wide
         self.gradients += steep.mT @ steep
+        self.sums += wide.sum(1)
         self.count += x.shape[1]
-        self.rows.append(x[:, :: max(1, x.shape[1] // _ROWS_PER_PASSAGE)].half().cpu())
+        self.rows.append(x[:, :: max(1, x.shape[1] // _ROWS_PER_PASSAGE)].float().cpu())
 
 
 class Observer:
@@ -101,7 +103,7 @@ class Observer:
             parameter.requires_grad_(trained)
 
     def observe(self, tokens: Sequence[int], generator: torch.Generator) -> float:
-        """Adds a passage. Returns the model's entropy on it, in nats per token."""
+        """Adds a passage. Returns the model's entropy on it, in nats per token. NumericsError if that is not finite."""
         ids = torch.tensor([list(tokens)], device=self.model.device)
         seen: dict[int, tuple[Tensor, Tensor]] = {}
         with torch.enable_grad():
@@ -110,6 +112,9 @@ class Observer:
             logits = self.model(inputs_embeds=inputs, use_cache=False, **{_KEYWORD: seen}).logits[0]
             scores = logits.float().log_softmax(-1)
             chances = scores.detach().exp()
+            if not bool(torch.isfinite(chances).all()):
+                hint = "check the weights, or calibrate in float32"
+                raise NumericsError("calibration", why="the model's logits are not finite", hint=hint)
             drawn = torch.multinomial(chances.cpu(), 1, generator=generator).to(scores.device)
             scores.gather(-1, drawn).sum().backward()
         for layer, sides in self.moments.items():

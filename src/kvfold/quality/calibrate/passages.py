@@ -19,7 +19,7 @@ _TASKS = ("kv", "niah_multiquery", "vt", "copy", "niah_multikey")
 def calibration_passages(
     tokenizer: PreTrainedTokenizerBase, *, text: str | None, tokens: int, length: int, seed: int
 ) -> list[list[int]]:
-    """``tokens`` tokens in passages of ``length``, spread evenly over ``text``.
+    """``tokens`` tokens in passages of ``length`` and, as many tokens, of half of it, spread evenly over ``text``.
 
     Without a text: Python's documentation, sources of its library (none that evaluations use), and texts to look things
     up in, in equal parts. RequestError for a text shorter than a passage.
@@ -27,7 +27,7 @@ def calibration_passages(
     count = max(1, tokens // length)
     encode: Callable[[str], list[int]] = lambda part: list(tokenizer.encode(part, add_special_tokens=False))  # noqa: E731
     if text is not None:
-        return _windows(encode(text), count, length)
+        return _with_halves(_windows(encode(text), count, length))
     sources = [source for name, source in library_files() if not is_heldout_file(name)]
     random.Random(seed).shuffle(sources)
     third = -(-count // 3)
@@ -37,7 +37,7 @@ def calibration_passages(
     code = _windows(encode("\n\n".join(sources)[: 4 * wanted]), third, length)
     asked = [_question(tokenizer, encode, i, length, seed) for i in range(third)]
     # Taken in turns, so that any number of passages is as mixed as it can be.
-    return [passage for group in zip(code, asked, prose, strict=True) for passage in group][:count]
+    return _with_halves([passage for group in zip(code, asked, prose, strict=True) for passage in group][:count])
 
 
 def _windows(ids: list[int], count: int, length: int) -> list[list[int]]:
@@ -49,6 +49,15 @@ def _windows(ids: list[int], count: int, length: int) -> list[list[int]]:
         )
     step = (len(ids) - length) // count
     return [ids[i * step : i * step + length] for i in range(count)]
+
+
+def _with_halves(passages: list[list[int]]) -> list[list[int]]:
+    """Every second passage as two of half its length: keys at early positions are read in every context."""
+    out: list[list[int]] = []
+    for index, passage in enumerate(passages):
+        half = len(passage) // 2
+        out += [passage] if index % 2 == 0 else [passage[:half], passage[half:]]
+    return out
 
 
 def _question(

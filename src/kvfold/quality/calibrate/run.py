@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from kvfold.calibration import Calibration, Side
-from kvfold.errors import NumericsError, RequestError
+from kvfold.errors import RequestError
 from kvfold.quality.calibrate.fit import fit
 from kvfold.quality.calibrate.observe import Observer
 
@@ -74,8 +73,6 @@ def calibrate(
         for number, passage in enumerate(passages, start=1):
             progress(f"passage {number} of {len(passages)}")
             entropies.append(observer.observe(passage, generator))
-            if not math.isfinite(entropies[-1]):
-                raise NumericsError(f"calibration, passage {number}", why=f"the model answers {entropies[-1]}")
     finally:
         observer.release()
     progress("fitting")
@@ -83,7 +80,7 @@ def calibrate(
         f"{layer}.{side}.{name}": tensor
         for layer, sides in observer.moments.items()
         for side, moments in zip("kv", sides, strict=True)
-        for name, tensor in fit(moments).items()
+        for name, tensor in fit(moments, centred=side == "k").items()
     }
     written = file.with_name(f".{file.name}.{os.getpid()}")
     try:

@@ -39,14 +39,13 @@ def frequent_words_document(seed: int, target_tokens: int, count_tokens: CountTo
         rng = random.Random(f"frequent/{seed}")
         words = rng.sample(NOUNS, 40)
         weights = [1 / (rank + 1) ** _ZIPF for rank in range(len(words))]
-        listed = rng.choices(words, weights, k=items)
-        listed += [words[0]] * 3 + [words[1]] * 2 + [words[2]]
-        # Ties among the first four would leave the answer open: a few more of the earlier words settle them.
-        ranked = sorted(Counter(listed).items(), key=lambda pair: (-pair[1], pair[0]))
-        least = ranked[3][1] if len(ranked) > 3 else 0
-        for word, count in reversed(ranked[:3]):
-            least = max(count, least + 1)
-            listed += [word] * (least - count)
+        while True:
+            # One more of each earlier word makes ties rare. Those among the first four would leave the answer open.
+            listed = [*rng.choices(words, weights, k=items), *[words[0]] * 3, *[words[1]] * 2, words[2]]
+            ranked = sorted(Counter(listed).items(), key=lambda pair: (-pair[1], pair[0]))
+            first = [count for _, count in ranked[:4]]
+            if len(set(first)) == len(first):
+                break
         rng.shuffle(listed)
         top = [word for word, _ in ranked[:3]]
         fact = Fact("Which three words are the most frequent, in order?", ", ".join(top), tuple(top))
