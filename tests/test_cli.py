@@ -302,7 +302,7 @@ def test_demo_gives_the_promised_rows(kvfold: Callable[..., Done]) -> None:
     done = kvfold("demo", "--json", "-")
     assert done.returncode == 0, done.stderr
     rows = {row["recipe"]: row for row in json.loads(done.stdout)}
-    assert list(rows) == ["raw", "int8", "int4", "k4v2", "int2"]
+    assert list(rows) == ["raw", "int8", "int4", "int2:calibrated", "int2"]
     raw, int4 = rows["raw"], rows["int4"]
     assert int4["compression"] >= 2.9
     assert int4["answers_right"] >= raw["answers_right"] - 1

@@ -306,7 +306,7 @@ def test_projected_codes_keep_the_projection_of_a_row(bits, inner):
         for projected in (False, True)
     )
     along = [((found * x).sum(-1) / x.square().sum(-1) - 1).abs().max() for found in (plain, kept)]
-    assert along[1] < 2**-7  # scale and zero are each rounded to bfloat16
+    assert along[1] < 2**-6  # scale and zero, which partly cancel, are each rounded to bfloat16
     assert along[1] < along[0]
 
 
