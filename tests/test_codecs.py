@@ -69,7 +69,7 @@ def test_scales_of_channels_keep_the_law(data, fmt, source, target, inner):
     """Pages of any size and dim: the bound, the format's bytes, the documented layout to the bit."""
     fmt = replace(fmt, scales="channel")
     x = data.draw(rows(fmt.dim, source))
-    x = torch.stack((x, x.flip(0) * 3))
+    x = torch.stack((x, x.flip(0) / 3))
     codes, meta = channels.encode(x, fmt, inner=inner)
     pages, size = x.shape[:2]
     assert (codes.shape, codes.dtype) == ((pages, size, fmt.code_bytes), torch.uint8)

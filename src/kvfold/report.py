@@ -172,8 +172,9 @@ def _score(score: TaskScore | None) -> str:
 
 def calibration_report(console: Console, report: CalibrationReport) -> None:
     """Where the energy lies and what bits would cost, and a recipe to paste."""
+    console.print(f"Calibrated on {report.tokens:,} tokens, {report.entropy:.2f} nats each.\n")
     table = _table(
-        f"{report.tokens:,} tokens, {report.entropy:.2f} nats each",
+        None,
         ("layer", "99 % of K in", "99 % of V in", "K at 3 bits", "V at 3 bits"),
     )
     for layer in report.layers:
@@ -184,11 +185,12 @@ def calibration_report(console: Console, report: CalibrationReport) -> None:
             *(" ".join(f"{dims}x{bits}" for bits, dims in bands) for bands in (layer.k_bands, layer.v_bands)),
         )
     console.print(table)
-    table = _table("Predicted KL per token, if all of a context is packed", ("bits", "of K", "of V"))
+    console.print("Predicted KL per token, in nats, if all of a context is packed:")
+    table = _table(None, ("bits", "of K", "of V"))
     for bits, (keys, values) in report.costs.items():
         table.add_row(bits, f"{keys:.4f}", f"{values:.4f}")
     console.print(table)
-    console.print(f"int2.5:calibrated({report.file})", highlight=False, soft_wrap=True)
+    console.print(f"A recipe to try: int2.5:calibrated({report.file})", highlight=False, soft_wrap=True)
 
 
 def lm_eval_report(console: Console, outcome: Mapping[str, Any]) -> None:
