@@ -54,7 +54,7 @@ class KVCache(Cache):
         if not isinstance(model, PreTrainedModel):
             raise ModelError(f"KVCache for a {type(model).__name__}", why="it is not a transformers model")
         super().__init__(layers=[])
-        self.recipe = Recipe.of(recipe, model.name_or_path or ".")
+        self.recipe = Recipe.of(recipe, model.name_or_path)
         self.geometry = Geometry.from_config(model.config)
         self._budget = None if kv_memory is None else parse_bytes(kv_memory)
         self._model_step: ModelStep | None = None

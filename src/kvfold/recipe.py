@@ -161,9 +161,10 @@ class Recipe:
         return ",".join([word, *options])
 
     @classmethod
-    def of(cls, recipe: Recipe | str, folder: str | Path) -> Recipe:
-        """``recipe``, or the one that a text describes, located in the folder of a model."""
-        return (cls.parse(recipe) if isinstance(recipe, str) else recipe).located(folder)
+    def of(cls, recipe: Recipe | str, folder: str | Path | None) -> Recipe:
+        """``recipe``, or the one that a text describes, located in the folder of a model, if it has one."""
+        found = cls.parse(recipe) if isinstance(recipe, str) else recipe
+        return found.located(folder) if folder else found
 
     def located(self, folder: str | Path) -> Recipe:
         """This recipe, with the calibration in a model's ``folder`` in place of an unnamed one, if there is one."""

@@ -77,7 +77,7 @@ def parse_recipes(texts: Sequence[str], model: PreTrainedModel) -> dict[str, Rec
 def available_recipes(texts: Sequence[str], model: PreTrainedModel) -> list[str]:
     """Those of ``texts`` that ``model`` can be served with: a calibrated one needs a calibration beside the weights."""
     geometry = Geometry.from_config(model.config)
-    folder = model.name_or_path or "."
+    folder = model.name_or_path
     return [text for text in texts if not Recipe.of(text, folder).supports(geometry)]
 
 
@@ -85,7 +85,7 @@ def check_recipe(recipe: Recipe | str, model: PreTrainedModel) -> Recipe:
     """``recipe`` for ``model``, its calibration located. RecipeError for a bad text, UnsupportedError for a recipe that
     cannot serve the model.
     """
-    found = Recipe.of(recipe, model.name_or_path or ".")
+    found = Recipe.of(recipe, model.name_or_path)
     geometry = Geometry.from_config(model.config)
     if reasons := found.supports(geometry):
         raise UnsupportedError(f"recipe {recipe} on {geometry.model_type}", reasons)
