@@ -130,7 +130,7 @@ def _measure(
     with share_progress() as progress:
         result = run_rivals(plan, progress=progress, save=save)
         if recipes is not None and target is not None:
-            result = run_table(plan, recipes, target, result, progress=progress, save=save_table)
+            result = run_table(plan, recipes, target, progress=progress, save=save_table)
     return result
 
 

@@ -322,7 +322,7 @@ def test_a_table_of_rivals_and_recipes(tmp_path):
     assert fp8.kl_mean > 0 < truncated.kl_mean
     assert truncated.kv_bytes_per_token < fp8.kv_bytes_per_token < full.kv_bytes_per_token
     assert truncated.bits_per_value is None
-    whole = run_table(plan(theirs), ["raw", "int4"], table, rivals, save=writer(table))
+    whole = run_table(plan(theirs), ["raw", "int4"], table, save=writer(table))
     assert [row.contestant for row in whole.rows] == ["raw", "int4", *RIVALS]
     assert Evaluation.read(table) == whole
     assert sorted(file.name for file in tmp_path.iterdir()) == ["rivals.json", "table.json"]

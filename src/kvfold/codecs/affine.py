@@ -24,9 +24,9 @@ nor do 4 bits. Encoding again what was so decoded narrows the range each time.
 With ``projected``, scale and zero are stretched by ``x.x / x.decode(encode(x))`` of their group and rounded to the
 nearest bfloat16: what is decoded then has the projection on ``x`` that ``x`` has itself. An error along a key falls on
 all of its scores at once, and attention does not average it away. Keys of 4 and 2 bits are stored so; that is the norm
-correction of TurboQuant's implementations, with the codes' own scale. (The bundled model diverges a third as much at 4
-bits; values gain nothing.) Errors across ``x`` keep the law with the stretched scale; along it they are the rounding of
-bfloat16.
+correction of TurboQuant's implementations, with the codes' own scale. (The bundled model diverges less than half as
+much at 4 bits; values gain nothing.) Errors across ``x`` keep the law with the stretched scale; along it they are the
+rounding of bfloat16.
 
 Limit: float16 ends at 65504, and a zero or a value rounded past that decodes to infinity.
 """

@@ -12,6 +12,8 @@ A row with NaN or infinity, or beyond 2**31 steps, decodes to NaN.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -58,6 +60,7 @@ def decode(codes: Tensor, meta: Tensor, fmt: BandFormat, dtype: torch.dtype) -> 
     return out
 
 
+@lru_cache(maxsize=64)
 def _halves(fmt: BandFormat, device: torch.device) -> Tensor:
     """``[stored_dim]`` float32: the middle of each dim's codes."""
     middles = [(2**bits - 1) / 2 for bits, dims in fmt.bands for _ in range(dims)]

@@ -8,7 +8,7 @@ every key and value of a passage at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,14 +140,10 @@ def _observed_attention(
         for x in (key, value):
             x.retain_grad()
         seen[layer] = (key, value)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **_known(kwargs))
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 def _layer_of(module: nn.Module) -> int:
     """The layer whose keys and values a module attends to."""
     shared = getattr(module, "kv_shared_layer_index", None)
     return int(getattr(module, "layer_idx", 0) if shared is None else shared)
-
-
-def _known(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in kwargs.items() if name not in ("softcap", "s_aux")}
