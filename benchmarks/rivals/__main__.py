@@ -13,6 +13,17 @@ import typer
 from benchmarks.rivals.catalog import check_installed, parse_rivals
 
 from kvfold.cli.options import JsonOption, ModelOption, parse_recipe_list, share_progress, write_json
+from kvfold.cli.workload import (
+    ContextOption,
+    DepthsOption,
+    GenerationsOption,
+    GenerationTokensOption,
+    SamplesOption,
+    ScoredOption,
+    TasksOption,
+    TextOption,
+    WindowsOption,
+)
 from kvfold.errors import KVFoldError, RequestError
 
 if TYPE_CHECKING:
@@ -29,15 +40,15 @@ def run(  # noqa: PLR0913 # every option is a parameter
     model: ModelOption = "bundled",
     rivals: Annotated[str, typer.Option(help="Names or patterns, separated by ','; all.")] = "all",
     recipes: Annotated[str | None, typer.Option(help="Our recipes for the same table, separated by ';'.")] = None,
-    tasks: Annotated[str, typer.Option(help="Task names, separated by ','; all, or none.")] = "all",
-    context: Annotated[int | None, typer.Option(help="Tokens of a text passage and of a task. [2048]")] = None,
-    samples: Annotated[int | None, typer.Option(help="Questions of each task. [20]")] = None,
-    depths: Annotated[str, typer.Option(help="Where asked facts stand: 0,0.5,1; in turns. At random without.")] = "",
-    text: Annotated[Path | None, typer.Option(help="A UTF-8 text for perplexity, KL and generation.")] = None,
-    windows: Annotated[int | None, typer.Option(help="Passages of the text. [8]")] = None,
-    scored: Annotated[int | None, typer.Option(help="Tokens scored at the end of each passage. [256]")] = None,
-    generation_tokens: Annotated[int | None, typer.Option(help="Tokens to generate; 0: none. [512]")] = None,
-    generations: Annotated[int | None, typer.Option(help="Prompts to generate from. [4]")] = None,
+    tasks: TasksOption = "all",
+    context: ContextOption = None,
+    samples: SamplesOption = None,
+    depths: DepthsOption = "",
+    text: TextOption = None,
+    windows: WindowsOption = None,
+    scored: ScoredOption = None,
+    generation_tokens: GenerationTokensOption = None,
+    generations: GenerationsOption = None,
     seed: Annotated[int, typer.Option(help="Which passages and questions.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer samples and tokens, as `kvfold eval --quick`.")] = False,
     json_file: JsonOption = None,
