@@ -1,11 +1,12 @@
-// Vectors of KVFOLD_LANES floats, how stored rows become floats in them, and exp: what the kernel in attend_span.cpp is
-// made of. Compiled with it once for each instruction set.
+// Vectors of KVFOLD_LANES floats, their sums, exp and tanh: what the kernel is made of. Compiled once for each instruction
+// set.
 //
 // It includes nothing that defines inline functions outside the anonymous namespace: the linker keeps one copy of
 // such a function, and that copy might be the one compiled for instructions this processor lacks.
 #pragma once
 
-#include "attend_pages.hpp"
+#include <cstddef>
+#include <cstdint>
 
 #if defined(__AVX2__)
 #include <immintrin.h>  // only intrinsics, which are always inlined
@@ -27,10 +28,10 @@ typedef float Vec4 __attribute__((vector_size(4 * sizeof(float)), may_alias));
 
 #define KVFOLD_INLINE inline __attribute__((always_inline))
 
-KVFOLD_INLINE int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 KVFOLD_INLINE Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 KVFOLD_INLINE void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
 KVFOLD_INLINE Vec splat(float x) { return x - Vec{}; }
+KVFOLD_INLINE IntVec splat_int(int32_t x) { return x - IntVec{}; }
 
 template <typename T>
 KVFOLD_INLINE T load_unaligned(const void* p) {
@@ -71,106 +72,6 @@ KVFOLD_INLINE Words widen_shorts(const uint8_t* p) {
 
 KVFOLD_INLINE float bf16_to_float(uint16_t bits) {
     return __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16);
-}
-
-// ---------------------------------------------------------------------------------------------- unpacking of rows
-
-// Left to itself, the compiler vectorises these loops by whole vectors of bytes, which are longer than most rows are.
-
-KVFOLD_INLINE void unpack_bf16(const uint8_t* row, float* __restrict out, int64_t n) {
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-        const Words bits = widen_shorts(row + 2 * i) << 16;
-        store_unaligned(out + i, bits);
-    }
-    for (; i < n; ++i) out[i] = bf16_to_float(load_unaligned<uint16_t>(row + 2 * i));
-}
-
-// Half to float by one multiplication, which also makes subnormals right; infinities and NaN keep their exponent.
-KVFOLD_INLINE float f16_to_float(uint16_t bits) {
-    const uint32_t magnitude = bits & 0x7FFFU;
-    const float value = __builtin_bit_cast(float, magnitude << 13) * 0x1p112F;
-    uint32_t word = __builtin_bit_cast(uint32_t, value);
-    word |= magnitude >= 0x7C00U ? 0x7F800000U : 0U;
-    return __builtin_bit_cast(float, word | static_cast<uint32_t>(bits & 0x8000U) << 16);
-}
-
-KVFOLD_INLINE void unpack_f16(const uint8_t* row, float* __restrict out, int64_t n) {
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-        const Words bits = widen_shorts(row + 2 * i);
-        const Words magnitude = bits & 0x7FFFU;
-        const Vec value = reinterpret_cast<Vec>(magnitude << 13) * splat(0x1p112F);
-        const Words special = reinterpret_cast<Words>(magnitude >= 0x7C00U) & 0x7F800000U;
-        store_unaligned(out + i, reinterpret_cast<Words>(value) | special | (bits & 0x8000U) << 16);
-    }
-    for (; i < n; ++i) out[i] = f16_to_float(load_unaligned<uint16_t>(row + 2 * i));
-}
-
-// Bare codes as numbers. Dims lie in planes (halves, quarters of the row), so no interleave is needed.
-template <int Bits>
-KVFOLD_INLINE void unpack_codes(const uint8_t* row, float* __restrict out, int64_t plane) {
-    constexpr int kMask = (1 << Bits) - 1;
-    int64_t i = 0;
-    for (; i + kLanes <= plane; i += kLanes) {
-        const IntVec bytes = widen_bytes(row + i);
-        for (int p = 0; p < 8 / Bits; ++p) {
-            store_unaligned(out + p * plane + i, __builtin_convertvector((bytes >> (p * Bits)) & kMask, Vec));
-        }
-    }
-    for (; i < plane; ++i) {
-        for (int p = 0; p < 8 / Bits; ++p) out[p * plane + i] = static_cast<float>((row[i] >> (p * Bits)) & kMask);
-    }
-}
-
-template <Storage S>
-KVFOLD_INLINE void unpack_row(const uint8_t* row, float* __restrict out, int64_t n) {
-    if constexpr (S == Storage::f32) __builtin_memcpy(out, row, static_cast<size_t>(n) * 4);
-    if constexpr (S == Storage::bf16) unpack_bf16(row, out, n);
-    if constexpr (S == Storage::f16) unpack_f16(row, out, n);
-    if constexpr (S == Storage::code8) unpack_codes<8>(row, out, n);
-    if constexpr (S == Storage::code4) unpack_codes<4>(row, out, n / 2);
-    if constexpr (S == Storage::code2) unpack_codes<2>(row, out, n / 4);
-}
-
-// Rows `slot[0..count)` into `rows [count, stride]`. Meanwhile the same rows of the next page, `ahead` bytes from this
-// one, are fetched: pages lie anywhere, and the processor cannot guess where.
-template <Storage S>
-void unpack_rows(const Side& side, const uint8_t* codes, int64_t ahead, const int32_t* slot, int64_t count,
-                 float* __restrict rows, int64_t stride) {
-    const int64_t row_bytes = side.row_bytes, n = side.stored_dim;
-    for (int64_t t = 0; t < count; ++t) {
-        const uint8_t* row = codes + slot[t] * row_bytes;
-        for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(row + ahead + byte);
-        unpack_row<S>(row, rows + t * stride, n);
-    }
-}
-
-KVFOLD_INLINE bool is_code(Storage storage) { return static_cast<int>(storage) >= static_cast<int>(Storage::code8); }
-
-// Rows `slot[0..count)` of one side into `rows [count, stride]`, and their scales and zeros. The padding behind a row
-// was cleared once and is never written, except by codes that fill up a byte; queries are zero there.
-void unpack_side(const Side& side, const uint8_t* page, int64_t ahead, const int32_t* slot, int64_t count, float* rows,
-                 int64_t stride, float* scales, float* zeros) {
-    const uint8_t* codes = page + side.codes_offset;
-    switch (side.storage) {
-        case Storage::f32: unpack_rows<Storage::f32>(side, codes, ahead, slot, count, rows, stride); break;
-        case Storage::bf16: unpack_rows<Storage::bf16>(side, codes, ahead, slot, count, rows, stride); break;
-        case Storage::f16: unpack_rows<Storage::f16>(side, codes, ahead, slot, count, rows, stride); break;
-        case Storage::code8: unpack_rows<Storage::code8>(side, codes, ahead, slot, count, rows, stride); break;
-        case Storage::code4: unpack_rows<Storage::code4>(side, codes, ahead, slot, count, rows, stride); break;
-        case Storage::code2: unpack_rows<Storage::code2>(side, codes, ahead, slot, count, rows, stride); break;
-    }
-    if (!is_code(side.storage)) return;
-    alignas(64) uint32_t pairs[kTile] = {};  // of tokens that are not there: zero, so that they add nothing
-    for (int64_t t = 0; t < count; ++t) __builtin_memcpy(pairs + t, page + side.meta_offset + 4 * slot[t], 4);
-    __builtin_prefetch(page + side.meta_offset + 4 * slot[0] + ahead);
-    __builtin_prefetch(page + side.meta_offset + 4 * slot[count - 1] + ahead);
-    for (int64_t t = 0; t < kTile; t += kLanes) {
-        const Words pair = *reinterpret_cast<const Words*>(pairs + t);
-        store(scales + t, reinterpret_cast<Vec>(pair << 16));
-        store(zeros + t, reinterpret_cast<Vec>(pair & 0xFFFF0000U));
-    }
 }
 
 // ------------------------------------------------------------------------------------------------- sums and exp
@@ -241,6 +142,15 @@ KVFOLD_INLINE Vec exp_negative(Vec x) {
     const IntVec power = (reinterpret_cast<IntVec>(shifted) - reinterpret_cast<IntVec>(magic) + 127) << 23;
     const Vec value = p * reinterpret_cast<Vec>(power);
     return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(value) & ~tiny);
+}
+
+// tanh(x), absolute error below 3e-7.
+KVFOLD_INLINE Vec tanh_of(Vec x) {
+    const IntVec sign = reinterpret_cast<IntVec>(x) & splat_int(INT32_MIN);
+    const Vec magnitude = reinterpret_cast<Vec>(reinterpret_cast<IntVec>(x) ^ sign);
+    const Vec e = exp_negative(magnitude * splat(-2.0F));
+    const Vec value = (splat(1.0F) - e) / (splat(1.0F) + e);
+    return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(value) | sign);
 }
 
 }  // namespace

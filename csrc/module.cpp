@@ -1,9 +1,11 @@
 // The one binding file: checks what Python passes, releases the GIL, runs the kernel.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "attend_pages.hpp"
@@ -12,7 +14,9 @@ namespace nb = nanobind;
 
 namespace {
 
+using kvfold::Band;
 using kvfold::Call;
+using kvfold::Meta;
 using kvfold::Side;
 using kvfold::Storage;
 
@@ -22,48 +26,67 @@ struct Layout {
     Side k, v;
 };
 
-int bits_of(Storage storage) {
-    switch (storage) {
-        case Storage::f32: return 32;
-        case Storage::bf16: return 16;
-        case Storage::f16: return 16;
-        case Storage::code8: return 8;
-        case Storage::code4: return 4;
-        case Storage::code2: return 2;
+// Larger than any size that is meant, small enough that no product of a few overflows.
+constexpr int64_t kMost = 1 << 20;
+
+int64_t raw_bytes(Storage storage) { return storage == Storage::f32 ? 4 : 2; }
+
+// Bytes of a page's scales, zeros or stretches.
+int64_t meta_bytes(const Side& side, int64_t block_size) {
+    switch (side.meta) {
+        case Meta::none: return 0;
+        case Meta::pairs: return 4 * side.groups * block_size;
+        case Meta::stretch: return block_size;
+        case Meta::channels: return 4 * side.stored_dim();
     }
-    throw nb::value_error("unknown storage");
+    throw nb::value_error("unknown scales");
 }
 
-Side make_side(int storage, int64_t dim, int64_t stored_dim, int64_t codes_offset, int64_t meta_offset,
-               int64_t block_size, int64_t page_bytes) {
-    if (storage < 0 || storage > static_cast<int>(Storage::code2)) throw nb::value_error("unknown storage");
-    const auto kind = static_cast<Storage>(storage);
-    const bool coded = kind == Storage::code8 || kind == Storage::code4 || kind == Storage::code2;
-    constexpr int64_t kMost = 1 << 20;
-    if (dim < 1 || stored_dim < dim || stored_dim > kMost || stored_dim * bits_of(kind) % 8 != 0 ||
-        (!coded && stored_dim != dim)) {
+// A band comes as (bits, first byte, bytes).
+using BandTuple = std::tuple<int64_t, int64_t, int64_t>;
+
+void add_bands(Side& side, const std::vector<BandTuple>& bands) {
+    if (bands.size() > kvfold::kMostBands) throw nb::value_error("too many bands of codes");
+    for (const auto& [bits, byte, bytes] : bands) {
+        if ((bits != 8 && bits != 4 && bits != 2) || byte < 0 || bytes < 1 || byte > kMost || bytes > kMost ||
+            byte + bytes > side.row_bytes) {
+            throw nb::value_error("a band of codes lies outside of its row");
+        }
+        side.band[side.bands++] = Band{bits, byte, bytes};
+    }
+}
+
+// A side comes as (storage, meta, dim, groups, row_bytes, codes_offset, meta_offset, bands).
+using SideTuple = std::tuple<int, int, int64_t, int64_t, int64_t, int64_t, int64_t, std::vector<BandTuple>>;
+
+Side make_side(const SideTuple& from, int64_t block_size, int64_t page_bytes) {
+    const auto& [storage, meta, dim, groups, row_bytes, codes, metas, bands] = from;
+    if (storage < 0 || storage > static_cast<int>(Storage::codes)) throw nb::value_error("unknown storage");
+    if (meta < 0 || meta > static_cast<int>(Meta::channels)) throw nb::value_error("unknown scales");
+    if (dim < 1 || dim > kMost || groups < 1 || groups > dim || row_bytes < 1 || row_bytes > kMost) {
         throw nb::value_error("bad dimensions of a page side");
     }
-    const int64_t row_bytes = stored_dim * bits_of(kind) / 8;
-    if (codes_offset < 0 || codes_offset + block_size * row_bytes > page_bytes ||
-        (coded && (meta_offset < 0 || meta_offset + 4 * block_size > page_bytes))) {
+    Side side{static_cast<Storage>(storage), static_cast<Meta>(meta), dim, groups, 0, row_bytes, codes, metas, 0, {}};
+    add_bands(side, bands);
+    const int64_t stored = side.stored_dim();
+    const bool shaped = side.coded()
+                            ? side.meta != Meta::none && side.bands > 0 && stored % groups == 0 &&
+                                  (side.meta == Meta::stretch || stored >= dim)
+                            : side.meta == Meta::none && groups == 1 && row_bytes == dim * raw_bytes(side.storage);
+    if (!shaped) throw nb::value_error("bad dimensions of a page side");
+    side.group_width = stored / groups;
+    // A calibrated row keeps fewer dims than the model has: those are all there is of it.
+    side.dim = stored < dim ? stored : dim;
+    const int64_t all_metas = meta_bytes(side, block_size);
+    if (codes < 0 || codes > page_bytes - block_size * row_bytes || metas < 0 || metas > page_bytes - all_metas) {
         throw nb::value_error("a region lies outside of its page");
     }
-    return Side{kind, dim, stored_dim, row_bytes, codes_offset, meta_offset};
-}
-
-// A side comes as (storage, dim, stored_dim, codes_offset, meta_offset).
-using SideTuple = nb::typed<nb::tuple, int, int64_t, int64_t, int64_t, int64_t>;
-
-Side side_from(const nb::tuple& t, int64_t block_size, int64_t page_bytes) {
-    if (t.size() != 5) throw nb::value_error("a side is (storage, dim, stored_dim, codes_offset, meta_offset)");
-    return make_side(nb::cast<int>(t[0]), nb::cast<int64_t>(t[1]), nb::cast<int64_t>(t[2]), nb::cast<int64_t>(t[3]),
-                     nb::cast<int64_t>(t[4]), block_size, page_bytes);
+    return side;
 }
 
 Layout make_layout(int64_t block_size, int64_t page_bytes, const SideTuple& k, const SideTuple& v) {
-    if (block_size < 1 || block_size > (1 << 20) || page_bytes < 1) throw nb::value_error("bad size of a page");
-    return Layout{block_size, page_bytes, side_from(k, block_size, page_bytes), side_from(v, block_size, page_bytes)};
+    if (block_size < 1 || block_size > kMost || page_bytes < 1) throw nb::value_error("bad size of a page");
+    return Layout{block_size, page_bytes, make_side(k, block_size, page_bytes), make_side(v, block_size, page_bytes)};
 }
 
 // Memory comes as the address of its first byte, which is the cheapest thing to read off a tensor: this is called for
@@ -73,38 +96,49 @@ T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-void attend_pages(const Layout& layout, uintptr_t q, uintptr_t arena, int64_t arena_bytes, uintptr_t pages,
-                  int64_t shift, uintptr_t bias, uintptr_t out, uintptr_t lse, int64_t n, int64_t heads, int64_t group,
-                  int64_t pages_per_seq, float scale, int threads, size_t variant) {
+// Every page must lie in the arena: addresses come from tables, and a wrong one would be read all the same.
+void check_pages(const int64_t* pages, int64_t count, int64_t shift, int64_t page_bytes, int64_t arena_bytes) {
+    int64_t outside = 0;
+    if (shift < -arena_bytes || shift > arena_bytes) {
+        outside = count;
+    } else {
+        const int64_t lowest = -shift, highest = arena_bytes - page_bytes - shift;
+        for (int64_t i = 0; i < count; ++i) outside += pages[i] < lowest || pages[i] > highest;
+    }
+    if (outside == 0) return;
+    const std::string text = std::to_string(outside) + " of " + std::to_string(count) +
+                             " page addresses lie outside of the arena of " + std::to_string(arena_bytes) + " bytes";
+    throw nb::value_error(text.c_str());
+}
+
+void attend_pages(const Layout& layout, bool latent, uintptr_t q, uintptr_t arena, int64_t arena_bytes,
+                  uintptr_t pages, int64_t shift, uintptr_t bias, uintptr_t out, uintptr_t lse, int64_t n,
+                  int64_t heads, int64_t rows, int64_t pages_per_seq, float scale, float softcap, int threads,
+                  size_t variant) {
     size_t count = 0;
     const kvfold::Variant* const* usable = kvfold::variants(&count);
     if (variant >= count) throw nb::value_error("this processor has no such variant");
-    if (n < 0 || heads < 0 || group < 0 || pages_per_seq < 0) throw nb::value_error("a size is negative");
-    const Call call{pointer<const float>(q),
-                    pointer<const uint8_t>(arena),
-                    pointer<const int64_t>(pages),
-                    shift,
-                    pointer<const float>(bias),
-                    pointer<float>(out),
-                    pointer<float>(lse),
-                    n,
-                    heads,
-                    group,
-                    pages_per_seq,
-                    layout.block_size,
-                    layout.k,
-                    layout.v,
-                    scale};
-    const int64_t lowest = -shift, highest = arena_bytes - layout.page_bytes - shift;
-    const int64_t total = n * heads * pages_per_seq;
-    int64_t outside = 0;
-    for (int64_t i = 0; i < total; ++i) outside += call.pages[i] < lowest || call.pages[i] > highest;
-    if (outside != 0) {
-        const std::string text = std::to_string(outside) + " of " + std::to_string(total) +
-                                 " page addresses lie outside of the arena of " + std::to_string(arena_bytes) +
-                                 " bytes";
-        throw nb::value_error(text.c_str());
+    for (const int64_t size : {n, heads, rows, pages_per_seq, arena_bytes}) {
+        if (size < 0) throw nb::value_error("a size is negative");
     }
+    const Call call{.q = pointer<const float>(q),
+                    .arena = pointer<const uint8_t>(arena),
+                    .pages = pointer<const int64_t>(pages),
+                    .shift = shift,
+                    .bias = pointer<const float>(bias),
+                    .out = pointer<float>(out),
+                    .lse = pointer<float>(lse),
+                    .n = n,
+                    .heads = heads,
+                    .rows = rows,
+                    .pages_per_seq = pages_per_seq,
+                    .block_size = layout.block_size,
+                    .keys = {&layout.k, &layout.v},
+                    .parts = latent ? 2 : 1,
+                    .value = latent ? &layout.k : &layout.v,
+                    .scale = scale,
+                    .softcap = softcap};
+    check_pages(call.pages, n * heads * pages_per_seq, shift, layout.page_bytes, arena_bytes);
     nb::gil_scoped_release unlocked;
     kvfold::attend_pages(call, *usable[variant], threads);
 }

@@ -18,7 +18,9 @@ from kvfold.kernels.catalog import full_registry
 from kvfold.kernels.pages import HIDDEN, PagesCall
 from kvfold.kernels.reference import paged_attend
 
-SIZE, RELATIVE = 8, 2e-5
+SIZE = 8
+# Floats are summed in another order; codes are met by queries and weights of 15 bits (csrc/code_sides.hpp).
+FLOATS, CODES = 2e-5, 1e-3
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 native = pytest.mark.skipif(cpu.available() is not None, reason=f"not built: {cpu.available()}")
@@ -87,8 +89,9 @@ class Paged:
         assert o.isfinite().all()
         for i in range(len(self.lengths)):
             want_o, want_lse = self.truth(i)
-            assert (o[i] - want_o).norm() <= RELATIVE * want_o.norm()
-            assert torch.allclose(lse[i], want_lse, rtol=1e-5, atol=1e-5)
+            error = CODES if self.store.fmt.k.quantized or self.store.fmt.v.quantized else FLOATS
+            assert (o[i] - want_o).norm() <= error * want_o.norm()
+            assert torch.allclose(lse[i], want_lse, rtol=error / 2, atol=error / 2)
 
 
 @native

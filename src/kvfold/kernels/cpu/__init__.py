@@ -22,7 +22,9 @@ __all__ = ["attend", "available", "refuses", "variants"]
 
 # As in csrc/attend_pages.hpp.
 _RAW = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_CODES = {8: 3, 4: 4, 2: 5}
+_CODES = 3
+_NONE, _PAIRS, _STRETCH, _CHANNELS = range(4)
+_MOST_BANDS = 16
 
 
 @cache
@@ -56,10 +58,6 @@ def refuses(call: PagesCall) -> str | None:
     """Why the native kernel cannot take a call; None if it can."""
     if call.q.device.type != "cpu":
         return f"needs tensors on the CPU, got {call.q.device.type}"
-    if call.softcap is not None:
-        return "does not know soft-capping"
-    if call.latent:
-        return "does not know latent pages"
     if call.q.requires_grad and torch.is_grad_enabled():
         return "does not know gradients"
     layout = _layout(call.fmt, call.dtype)
@@ -75,10 +73,12 @@ def attend(call: PagesCall, variant: int = 0) -> tuple[Tensor, Tensor]:
     layout, native = _layout(call.fmt, call.dtype), _load()
     if isinstance(layout, str) or isinstance(native, str):
         raise UnsupportedError("the native kernel cannot take this call", [str(layout)])
-    n, heads, group, dim = call.q.shape
+    n, heads, rows, dim = call.q.shape
     addr = call.addr.contiguous()
     pages = addr.shape[-1]
-    if dim != call.fmt.k.dim or addr.shape != (n, heads, pages) or addr.dtype != torch.int64:
+    k, v = call.fmt.k, call.fmt.v
+    wanted = _width(k) + (_width(v) if call.latent else 0)
+    if dim != wanted or addr.shape != (n, heads, pages) or addr.dtype != torch.int64:
         raise ValueError(f"queries {tuple(call.q.shape)} and {addr.dtype} addresses {tuple(addr.shape)} do not fit")
     if not call.arena.is_contiguous() or call.arena.dtype != torch.uint8:
         raise ValueError("an arena is a contiguous tensor of bytes")
@@ -87,13 +87,13 @@ def attend(call: PagesCall, variant: int = 0) -> tuple[Tensor, Tensor]:
         bias = bias.float().contiguous()
         if bias.shape != (n, pages * call.fmt.block_size):
             raise ValueError(f"a bias {tuple(bias.shape)} does not fit addresses {tuple(addr.shape)}")
-    q = call.q.contiguous()
-    o = torch.empty((n, heads, group, call.fmt.v.dim), dtype=torch.float32)
-    lse = torch.empty((n, heads, group), dtype=torch.float32)
+    q = call.q.float().contiguous()
+    o = torch.empty((n, heads, rows, _width(k if call.latent else v)), dtype=torch.float32)
+    lse = torch.empty((n, heads, rows), dtype=torch.float32)
     native.attend_pages(
-        layout, q.data_ptr(), call.arena.data_ptr(), call.arena.numel(), addr.data_ptr(), call.shift,
-        0 if bias is None else bias.data_ptr(), o.data_ptr(), lse.data_ptr(), n, heads, group, pages,
-        call.scale, torch.get_num_threads(), variant,
+        layout, call.latent, q.data_ptr(), call.arena.data_ptr(), call.arena.numel(), addr.data_ptr(), call.shift,
+        0 if bias is None else bias.data_ptr(), o.data_ptr(), lse.data_ptr(), n, heads, rows, pages,
+        call.scale, call.softcap or 0.0, torch.get_num_threads(), variant,
     )  # fmt: skip
     return o, lse
 
@@ -104,21 +104,44 @@ def _layout(fmt: PageFormat, dtype: torch.dtype) -> object:
     native = _load()
     if isinstance(native, str):
         return native
-    if isinstance(fmt.k, BandFormat) or isinstance(fmt.v, BandFormat):
-        return "does not know banded codes"
-    if not fmt.movable:
-        return "does not know scales of channels"
     for side in (fmt.k, fmt.v):
-        if side.groups > 1:
-            return f"knows one scale a token, not {side.groups} groups of dims"
         if not side.quantized and dtype not in _RAW:
             return f"does not know {dtype}"
+        if side.quantized and len(_bands(side)) > _MOST_BANDS:
+            return f"knows {_MOST_BANDS} groups of dims, not {len(_bands(side))}"
     k = _side(fmt.k, dtype, fmt.k_codes_offset, fmt.k_meta_offset)
     v = _side(fmt.v, dtype, fmt.v_codes_offset, fmt.v_meta_offset)
     layout: object = native.make_layout(fmt.block_size, fmt.page_bytes, k, v)
     return layout
 
 
-def _side(fmt: VectorFormat, dtype: torch.dtype, codes: int, meta: int) -> tuple[int, int, int, int, int]:
-    storage = _CODES[fmt.bits] if fmt.quantized else _RAW[dtype]
-    return storage, fmt.dim, fmt.stored_dim, codes, meta
+_Band = tuple[int, int, int]
+
+
+def _side(
+    fmt: VectorFormat | BandFormat, dtype: torch.dtype, codes: int, meta: int
+) -> tuple[int, int, int, int, int, int, int, list[_Band]]:
+    if not fmt.quantized:
+        return _RAW[dtype], _NONE, fmt.dim, 1, fmt.code_bytes, codes, meta, []
+    if isinstance(fmt, BandFormat):
+        return _CODES, _STRETCH, fmt.dim, 1, fmt.code_bytes, codes, meta, _bands(fmt)
+    kind = _PAIRS if fmt.movable else _CHANNELS
+    return _CODES, kind, fmt.dim, fmt.groups, fmt.code_bytes, codes, meta, _bands(fmt)
+
+
+def _bands(fmt: VectorFormat | BandFormat) -> list[_Band]:
+    """Codes of one width side by side, as ``(bits, first byte, bytes)``."""
+    if isinstance(fmt, BandFormat):
+        bands, byte = [], 0
+        for bits, dims in fmt.bands:
+            bands.append((bits, byte, dims * bits // 8))
+            byte += dims * bits // 8
+        return bands
+    if fmt.bits == 8:  # groups of whole bytes may lie apart
+        return [(8, group * fmt.group_width, fmt.group_width) for group in range(fmt.groups)]
+    return [(fmt.bits, 0, fmt.code_bytes)]
+
+
+def _width(fmt: VectorFormat | BandFormat) -> int:
+    """Numbers of a stored row that mean something."""
+    return fmt.stored_dim if isinstance(fmt, BandFormat) else fmt.dim

@@ -1,0 +1,454 @@
+// Keys and values that are codes, by integer products.
+//
+// Queries and weights become two signed bytes a number, high * 128 + low: a query's greatest number is 16256 steps, so
+// is a row's greatest weight of a tile, and nothing is off by more than half a step. What the codes' middle makes of
+// these errors is known and added back, so that only what is left of a code counts, half its range at most. A score is
+// then off by less than 2**-15 |q|max * sum |code - middle| * scale, an output by less than 2**-15 of the greatest weight
+// for each |code - middle|, and both errors have random signs. Products and sums of integers are exact.
+#pragma once
+
+#include "code_rows.hpp"
+
+namespace kvfold::KVFOLD_ISA {
+namespace {
+
+constexpr int64_t kBlockRows = 8;  // two bytes of each make the rows of one product
+constexpr float kSteps = 16256.0F;
+constexpr float kLeast = 1e-30F;       // what is all below counts as zero
+constexpr int64_t kMostDepth = 512;    // so that high * 128 + low stays within 32 bits
+constexpr int64_t kMostRuns = 32;
+
+// How query rows are cut into blocks, as rows of signed bytes: [blocks][high, low][rows of a block][depth].
+struct Blocks {
+    int64_t rows, each, count;
+
+    explicit Blocks(int64_t all) : rows(all), each(smaller(all, kBlockRows)), count((all + each - 1) / each) {}
+    int64_t bytes(int64_t depth) const { return count * 2 * each * depth; }
+    int64_t in(int64_t block) const { return smaller(each, rows - block * each); }
+};
+
+// numbers [n] (n a multiple of 16) in steps, 1 / inverse each -> high and low bytes. Returns what that lost, each number
+// times its share, summed up.
+KVFOLD_INLINE float split(const float* numbers, int64_t n, float step, float inverse, const float* shares, int8_t* high,
+                          int8_t* low) {
+    __m512 lost = _mm512_setzero_ps();
+    for (int64_t i = 0; i < n; i += 16) {
+        const __m512 number = _mm512_load_ps(numbers + i);
+        const __m512i steps = _mm512_cvtps_epi32(_mm512_mul_ps(number, _mm512_set1_ps(inverse)));
+        const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(steps, _mm512_set1_epi32(64)), 7);
+        const __m512i lower = _mm512_sub_epi32(steps, _mm512_slli_epi32(upper, 7));
+        const __m512 loss = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(steps), _mm512_set1_ps(step), number);
+        lost = shares == nullptr ? _mm512_add_ps(lost, loss) : _mm512_fmadd_ps(loss, _mm512_loadu_ps(shares + i), lost);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(high + i), _mm512_cvtepi32_epi8(upper));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(low + i), _mm512_cvtepi32_epi8(lower));
+    }
+    return _mm512_reduce_add_ps(lost);
+}
+
+KVFOLD_INLINE __m512 joined(const int32_t* high, const int32_t* low) {
+    return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(_mm512_load_si512(high), 7), _mm512_load_si512(low)));
+}
+
+KVFOLD_INLINE float most(const float* numbers, int64_t n) {
+    __m512 best = _mm512_setzero_ps();
+    for (int64_t i = 0; i < n; i += 16) best = _mm512_max_ps(best, _mm512_abs_ps(_mm512_load_ps(numbers + i)));
+    return _mm512_reduce_max_ps(best);
+}
+
+// ------------------------------------------------------------------------------------------------------------- keys
+
+class CodeKeys {
+  public:
+    // Groups must lie side by side in the staged order.
+    static bool fits(const Side& side) {
+        if (!side.coded()) return false;
+        bool natural = true;
+        for (int64_t i = 0; i < side.bands; ++i) natural = natural && side.band[i].bytes % 4 == 0;
+        const int64_t width = side.groups == 1 ? staged(side) : side.group_width;
+        return width <= kMostDepth && (side.groups == 1 || (natural && width % 4 == 0));
+    }
+
+    CodeKeys(const Side& side, int64_t rows, Bump& bump)
+        : side_(side), blocks_(rows), staged_(staged(side)), width_(side.groups == 1 ? staged_ : side.group_width),
+          depth_(rounded_up(width_, 64)), padded_(rounded_up(staged_, 16)) {
+        dim_of_ = bump.take<int32_t>(padded_);
+        query_ = bump.take<float>(rows * padded_);
+        line_ = bump.take<float>(depth_);
+        by_ = bump.take<float>(padded_);
+        share_ = bump.take<float>(padded_);
+        middle_ = bump.take<float>(padded_ + 64);
+        digits_ = bump.take<int8_t>(side.groups * blocks_.bytes(depth_));
+        step_ = bump.take<float>(side.groups * rows);
+        sum_ = bump.take<float>(side.groups * rows);
+        lost_ = bump.take<float>(side.groups * rows);
+        words_ = bump.take<uint32_t>((staged_ / 4 + 16) * kTile);  // 16: a product may read on, against zeros
+        product_ = bump.take<int32_t>(2 * blocks_.each * kTile);
+        scale_ = bump.take<float>(kTile);
+        zero_ = bump.take<float>(kTile);
+    }
+
+    void begin(const float* q, int64_t q_stride, float scale) {
+        order();
+        __builtin_memset(digits_, 0, static_cast<size_t>(side_.groups * blocks_.bytes(depth_)));
+        __builtin_memset(words_, 0, static_cast<size_t>((staged_ / 4 + 16) * kTile) * sizeof(uint32_t));
+        for (int64_t r = 0; r < blocks_.rows; ++r) {
+            float* to = query_ + r * padded_;
+            for (int64_t i = 0; i < padded_; ++i) {
+                to[i] = dim_of_[i] < 0 || dim_of_[i] >= side_.dim ? 0.0F : q[r * q_stride + dim_of_[i]] * scale;
+            }
+        }
+        shares();
+        if (side_.meta != Meta::channels) digest();
+        page_ = nullptr;
+    }
+
+    void score(const Tile& tile, const Tile& next, bool add, float* scores) {
+        stage(tile, next);
+        if (side_.meta == Meta::channels && tile.page[0] != page_) {
+            page_ = tile.page[0];
+            load_channels(page_ + side_.meta_offset);
+            digest();
+        }
+        const int64_t columns = rounded_up(tile.count, 16);
+        for (int64_t g = 0; g < side_.groups; ++g) {
+            if (side_.meta != Meta::channels) load_meta(side_, tile, g, scale_, zero_);
+            const uint32_t* words = words_ + g * width_ / 4 * kTile;
+            for (int64_t b = 0; b < blocks_.count; ++b) {
+                const int8_t* digits = digits_ + g * blocks_.bytes(depth_) + b * 2 * blocks_.each * depth_;
+                products(digits, depth_, 2 * blocks_.each, words, kTile, rounded_up(width_, 4), columns, product_,
+                         kTile);
+                for (int64_t i = 0; i < blocks_.in(b); ++i) {
+                    const int64_t r = b * blocks_.each + i;
+                    apply(product_ + i * kTile, product_ + (blocks_.each + i) * kTile, g * blocks_.rows + r, columns,
+                          add || g > 0, scores + r * kTile);
+                }
+            }
+        }
+    }
+
+  private:
+    static int64_t staged(const Side& side) {
+        int64_t words = 0;
+        for (int64_t i = 0; i < side.bands; ++i) words += 8 / side.band[i].bits * plane_words(side.band[i]);
+        return 4 * words;
+    }
+
+    void order() {
+        int64_t at = 0, dim = 0;
+        for (int64_t i = 0; i < side_.bands; ++i) {
+            const Band& band = side_.band[i];
+            for (int64_t p = 0; p < 8 / band.bits; ++p) {
+                for (int64_t j = 0; j < 4 * plane_words(band); ++j) {
+                    dim_of_[at++] = j < band.bytes ? static_cast<int32_t>(dim + j) : -1;
+                }
+                dim += band.bytes;
+            }
+        }
+        while (at < padded_) dim_of_[at++] = -1;
+    }
+
+    // What a token's zero adds to each dim: one; for stretched codes their middle, taken off.
+    void shares() {
+        int64_t at = 0;
+        for (int64_t i = 0; i < side_.bands; ++i) {
+            const Band& band = side_.band[i];
+            for (int64_t j = 0; j < 8 / band.bits * plane_words(band) * 4; ++j, ++at) {
+                by_[at] = 1.0F;
+                middle_[at] = middle(band.bits);
+                share_[at] = side_.meta == Meta::stretch ? -middle(band.bits) : 1.0F;
+            }
+        }
+        for (; at < padded_; ++at) by_[at] = share_[at] = middle_[at] = 0.0F;
+        for (; at < padded_ + 64; ++at) middle_[at] = 0.0F;
+    }
+
+    void load_channels(const uint8_t* meta) {
+        const int64_t stored = side_.stored_dim();
+        for (int64_t i = 0; i < padded_; ++i) {
+            const int64_t d = dim_of_[i];
+            const auto bits = [&](int64_t at) {
+                return d < 0 ? 0U : static_cast<uint32_t>(load_unaligned<uint16_t>(meta + 2 * (at + d))) << 16;
+            };
+            by_[i] = __builtin_bit_cast(float, bits(0));
+            share_[i] = __builtin_bit_cast(float, bits(stored));
+        }
+    }
+
+    // Queries as bytes, and their products with the zeros.
+    void digest() {
+        for (int64_t g = 0; g < side_.groups; ++g) {
+            for (int64_t r = 0; r < blocks_.rows; ++r) {
+                const int64_t at = g * blocks_.rows + r;
+                sum_[at] = scale_line(query_ + r * padded_ + g * width_, g * width_);
+                const float greatest = most(line_, depth_);
+                const float inverse = greatest > kLeast ? kSteps / greatest : 0.0F;
+                // A query that is not a number stays none.
+                step_[at] = greatest > kLeast ? greatest / kSteps : 0.0F * sum_[at];
+                int8_t* high = digits_ + g * blocks_.bytes(depth_) +
+                               (r / blocks_.each * 2 * blocks_.each + r % blocks_.each) * depth_;
+                lost_[at] = split(line_, depth_, step_[at], inverse, middle_ + g * width_, high,
+                                  high + blocks_.each * depth_);
+            }
+        }
+    }
+
+    // A query's dims of a group times the scales of channels, into the line; returns its product with the zeros.
+    float scale_line(const float* query, int64_t first) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t i = 0; i < depth_; i += 16) {
+            const int64_t left = width_ - i;
+            const auto mask = static_cast<__mmask16>(left >= 16 ? 0xFFFF : left <= 0 ? 0 : (1 << left) - 1);
+            const __m512 number = _mm512_maskz_loadu_ps(mask, query + i);
+            sum = _mm512_fmadd_ps(number, _mm512_maskz_loadu_ps(mask, share_ + first + i), sum);
+            _mm512_store_ps(line_ + i, _mm512_mul_ps(number, _mm512_maskz_loadu_ps(mask, by_ + first + i)));
+        }
+        return _mm512_reduce_add_ps(sum);
+    }
+
+    void stage(const Tile& tile, const Tile& next) {
+        for (int64_t t = 0; t < tile.count; t += 16) {
+            fetch(side_, next, t);
+            const uint8_t* row[16];
+            for (int64_t i = 0; i < 16; ++i) row[i] = row_of(side_, tile, t + i);
+            uint32_t* to = words_ + t;
+            for (int64_t i = 0; i < side_.bands; ++i) {
+                const Band& band = side_.band[i];
+                if (band.bits == 8) stage_band_keys<8>(band, row, to);
+                if (band.bits == 4) stage_band_keys<4>(band, row, to);
+                if (band.bits == 2) stage_band_keys<2>(band, row, to);
+                to += 8 / band.bits * plane_words(band) * kTile;
+            }
+        }
+    }
+
+    void apply(const int32_t* high, const int32_t* low, int64_t r, int64_t columns, bool add, float* scores) const {
+        const __m512 step = _mm512_set1_ps(step_[r]), sum = _mm512_set1_ps(sum_[r]), lost = _mm512_set1_ps(lost_[r]);
+        const bool scaled = side_.meta != Meta::channels;
+        for (int64_t t = 0; t < columns; t += 16) {
+            __m512 score = _mm512_fmadd_ps(joined(high + t, low + t), step, lost);
+            if (scaled) {
+                score = _mm512_fmadd_ps(score, _mm512_load_ps(scale_ + t), _mm512_mul_ps(_mm512_load_ps(zero_ + t), sum));
+            } else {
+                score = _mm512_add_ps(score, sum);
+            }
+            if (add) score = _mm512_add_ps(score, _mm512_load_ps(scores + t));
+            _mm512_store_ps(scores + t, score);
+        }
+    }
+
+    const Side& side_;
+    Blocks blocks_;
+    int64_t staged_, width_, depth_, padded_;
+    int32_t* dim_of_;
+    float *query_, *line_;             // [rows, padded], [depth]
+    float *by_, *share_, *middle_;     // [padded]: a dim's own scale, its share of a zero, the middle of its codes
+    int8_t* digits_;                   // [groups][blocks]
+    float *step_, *sum_, *lost_;       // [groups, rows]
+    uint32_t* words_;                  // [staged / 4, kTile]
+    int32_t* product_;
+    float *scale_, *zero_;             // [kTile]
+    const uint8_t* page_ = nullptr;
+};
+
+// ----------------------------------------------------------------------------------------------------------- values
+
+class CodeValues {
+  public:
+    // No vector of staged columns may hold dims of two groups.
+    static bool fits(const Side& side) {
+        if (!side.coded() || side.meta == Meta::channels) return false;
+        if (side.groups == 1) return true;
+        int64_t runs = 0;
+        return columns_of(side) <= kMostColumns && cut(side, nullptr, &runs);
+    }
+
+    CodeValues(const Side& side, int64_t rows, Bump& bump)
+        : side_(side), blocks_(rows), columns_(columns_of(side)) {
+        dim_of_ = bump.take<int32_t>(columns_);
+        share_ = bump.take<float>(columns_);
+        middle_ = bump.take<float>(columns_);
+        digits_ = bump.take<int8_t>(blocks_.bytes(kTile));
+        step_ = bump.take<float>(blocks_.count * blocks_.each);
+        shift_ = bump.take<float>(side.groups * rows);
+        lost_ = bump.take<float>(side.groups * rows);
+        words_ = bump.take<uint32_t>(kTile / 4 * columns_);
+        product_ = bump.take<int32_t>(2 * blocks_.each * columns_);
+        out_ = bump.take<float>(rows * columns_);
+        scale_ = bump.take<float>(kTile);
+        zero_ = bump.take<float>(kTile);
+        line_ = bump.take<float>(kTile);
+    }
+
+    void begin() {
+        for (int64_t c = 0, at = 0; at < side_.bands; ++at) {
+            const Band& band = side_.band[at];
+            for (int64_t i = 0; i < 8 / band.bits * plane_columns(band); ++i, ++c) {
+                dim_of_[c] = static_cast<int32_t>(column_dim(side_, c));
+                middle_[c] = middle(band.bits);
+                share_[c] = side_.meta == Meta::stretch ? -middle(band.bits) : 1.0F;
+            }
+        }
+        if (side_.groups == 1) {
+            runs_ = 1;
+            run_[0] = {0, 0, columns_};
+        } else {
+            cut(side_, run_, &runs_);
+        }
+        const auto clear = [](auto* p, int64_t n) { __builtin_memset(p, 0, static_cast<size_t>(n) * sizeof *p); };
+        clear(digits_, blocks_.bytes(kTile));
+        clear(words_, kTile / 4 * columns_);
+        clear(out_, blocks_.rows * columns_);
+        clear(shift_, side_.groups * blocks_.rows);
+        clear(lost_, side_.groups * blocks_.rows);
+    }
+
+    void add(const Tile& tile, const Tile& next, const float* weights, const float* decay) {
+        stage(tile, next);
+        for (int64_t g = 0; g < side_.groups; ++g) {
+            load_meta(side_, tile, g, scale_, zero_);
+            for (int64_t b = 0; b < blocks_.count; ++b) {
+                int8_t* digits = digits_ + b * 2 * blocks_.each * kTile;
+                for (int64_t i = 0; i < blocks_.in(b); ++i) {
+                    const int64_t r = b * blocks_.each + i;
+                    weigh(weights + r * kTile, digits + i * kTile, r, g * blocks_.rows + r, decay[r]);
+                }
+                for (int64_t run = 0; run < runs_; ++run) {
+                    if (run_[run].group == g) collect(run_[run], b, digits, rounded_up(tile.count, 4), decay);
+                }
+            }
+        }
+    }
+
+    void finish(int64_t r, float inverse, float* out) const {
+        for (int64_t run = 0; run < runs_; ++run) {
+            const float shift = shift_[run_[run].group * blocks_.rows + r];
+            const float lost = lost_[run_[run].group * blocks_.rows + r];
+            for (int64_t c = run_[run].first; c < run_[run].first + run_[run].columns; ++c) {
+                const int64_t d = dim_of_[c];
+                if (d >= 0) out[d] = (out_[r * columns_ + c] + shift * share_[c] + lost * middle_[c]) * inverse;
+            }
+        }
+    }
+
+  private:
+    struct Run {
+        int64_t group, first, columns;
+    };
+    static constexpr int64_t kMostColumns = 4096;
+
+    static int64_t columns_of(const Side& side) {
+        int64_t columns = 0;
+        for (int64_t i = 0; i < side.bands; ++i) columns += 8 / side.band[i].bits * plane_columns(side.band[i]);
+        return columns;
+    }
+
+    // The dim that a staged column holds, -1 if none.
+    static int64_t column_dim(const Side& side, int64_t column) {
+        int64_t dim = 0;
+        for (int64_t i = 0; i < side.bands; ++i) {
+            const Band& band = side.band[i];
+            const int64_t plane = plane_columns(band), planes = 8 / band.bits;
+            if (column >= planes * plane) {
+                column -= planes * plane;
+                dim += planes * band.bytes;
+                continue;
+            }
+            const int64_t within = column % plane, start = within / 64 * 64;
+            const int64_t byte = start + zipped_byte(zip_width(band.bytes - start), within - start);
+            dim += column / plane * band.bytes + byte;
+            return byte < band.bytes && dim < side.dim ? dim : -1;
+        }
+        return -1;
+    }
+
+    // Cuts the columns into runs of one group each; false if that cannot be.
+    static bool cut(const Side& side, Run* runs, int64_t* count) {
+        *count = 0;
+        int64_t last = -1;
+        for (int64_t c = 0; c < columns_of(side); c += 16) {
+            int64_t group = -1;
+            for (int64_t i = c; i < c + 16; ++i) {
+                const int64_t d = column_dim(side, i);
+                if (d < 0) continue;
+                if (group >= 0 && group != d / side.group_width) return false;
+                group = d / side.group_width;
+            }
+            if (group < 0) group = last < 0 ? 0 : last;  // nothing but padding: whoever's
+            if (group != last) {
+                if (*count == kMostRuns) return false;
+                if (runs != nullptr) runs[*count] = {group, c, 0};
+                ++*count;
+                last = group;
+            }
+            if (runs != nullptr) runs[*count - 1].columns += 16;
+        }
+        return true;
+    }
+
+    void stage(const Tile& tile, const Tile& next) {
+        for (int64_t t = 0; t < tile.count; t += 16) {
+            fetch(side_, next, t);
+            const uint8_t* row[16];
+            for (int64_t i = 0; i < 16; ++i) row[i] = row_of(side_, tile, t + i);
+            uint32_t* to = words_ + t / 4 * columns_;
+            for (int64_t i = 0; i < side_.bands; ++i) {
+                const Band& band = side_.band[i];
+                if (band.bits == 8) stage_band_values<8>(band, row, to, columns_);
+                if (band.bits == 4) stage_band_values<4>(band, row, to, columns_);
+                if (band.bits == 2) stage_band_values<2>(band, row, to, columns_);
+                to += 8 / band.bits * plane_columns(band);
+            }
+        }
+    }
+
+    // A row's weights times the scales, as bytes; what they make of the zeros is shifted at the end.
+    void weigh(const float* weights, int8_t* high, int64_t row, int64_t at, float decay) const {
+        __m512 moved = _mm512_setzero_ps(), greatest = _mm512_setzero_ps();
+        for (int64_t t = 0; t < kTile; t += 16) {
+            const __m512 weight = _mm512_load_ps(weights + t);
+            const __m512 scaled = _mm512_mul_ps(weight, _mm512_load_ps(scale_ + t));
+            // Zero times a scale that is not a number: the bytes could not say so.
+            moved = _mm512_fmadd_ps(weight, _mm512_load_ps(zero_ + t), moved);
+            moved = _mm512_fmadd_ps(scaled, _mm512_setzero_ps(), moved);
+            greatest = _mm512_max_ps(greatest, scaled);
+            _mm512_store_ps(line_ + t, scaled);
+        }
+        shift_[at] = shift_[at] * decay + _mm512_reduce_add_ps(moved);
+        const float top = _mm512_reduce_max_ps(greatest);
+        const float inverse = top > kLeast ? kSteps / top : 0.0F;
+        step_[row] = top > kLeast ? top / kSteps : 0.0F;
+        const float lost = split(line_, kTile, step_[row], inverse, nullptr, high, high + blocks_.each * kTile);
+        lost_[at] = lost_[at] * decay + lost;
+    }
+
+    void collect(const Run& run, int64_t block, const int8_t* digits, int64_t depth, const float* decay) {
+        products(digits, kTile, 2 * blocks_.each, words_ + run.first, columns_, depth, run.columns,
+                 product_ + run.first, columns_);
+        for (int64_t i = 0; i < blocks_.in(block); ++i) {
+            const int64_t r = block * blocks_.each + i;
+            const int32_t* high = product_ + i * columns_ + run.first;
+            const int32_t* low = high + blocks_.each * columns_;
+            const __m512 step = _mm512_set1_ps(step_[r]), kept = _mm512_set1_ps(decay[r]);
+            float* out = out_ + r * columns_ + run.first;
+            for (int64_t c = 0; c < run.columns; c += 16) {
+                const __m512 stands = _mm512_mul_ps(_mm512_load_ps(out + c), kept);
+                _mm512_store_ps(out + c, _mm512_fmadd_ps(joined(high + c, low + c), step, stands));
+            }
+        }
+    }
+
+    const Side& side_;
+    Blocks blocks_;
+    int64_t columns_, runs_ = 0;
+    Run run_[kMostRuns];
+    int32_t* dim_of_;
+    float *share_, *middle_;  // [columns]: of a token's zero, of the codes
+    int8_t* digits_;
+    float *step_, *shift_, *lost_;  // [rows], [groups, rows] twice
+    uint32_t* words_;  // [kTile / 4, columns]
+    int32_t* product_;
+    float *out_, *scale_, *zero_, *line_;
+};
+
+}  // namespace
+}  // namespace kvfold::KVFOLD_ISA
