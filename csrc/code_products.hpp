@@ -95,18 +95,25 @@ template <int M, int N>
 KVFOLD_INLINE void block_products(const int8_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride,
                                   int64_t depth, int32_t* c, int64_t c_stride) {
     __m512i sum[M][N];
+    KVFOLD_UNROLL
     for (int m = 0; m < M; ++m) {
+        KVFOLD_UNROLL
         for (int n = 0; n < N; ++n) sum[m][n] = _mm512_setzero_si512();
     }
     for (int64_t k = 0; k < depth; k += 4) {
         __m512i column[N];
+        KVFOLD_UNROLL
         for (int n = 0; n < N; ++n) column[n] = _mm512_load_si512(b + k / 4 * b_stride + 16 * n);
+        KVFOLD_UNROLL
         for (int m = 0; m < M; ++m) {
             const __m512i four = _mm512_set1_epi32(load_unaligned<int32_t>(a + m * a_stride + k));
+            KVFOLD_UNROLL
             for (int n = 0; n < N; ++n) sum[m][n] = _mm512_dpbusd_epi32(sum[m][n], column[n], four);
         }
     }
+    KVFOLD_UNROLL
     for (int m = 0; m < M; ++m) {
+        KVFOLD_UNROLL
         for (int n = 0; n < N; ++n) _mm512_store_si512(c + m * c_stride + 16 * n, sum[m][n]);
     }
 }

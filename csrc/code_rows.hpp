@@ -43,20 +43,24 @@ KVFOLD_INLINE __m512i plane_of(__m512i packed, int p) {
 KVFOLD_INLINE void transpose_words(const uint8_t* const* row, int64_t byte, int64_t bytes, __m512i* out) {
     __m512i a[8], b[8];
     // Whole rows are paired such that the last step, which takes quarters crosswise, leaves the rows in order.
+    KVFOLD_UNROLL
     for (int i = 0; i < 4; ++i) {
         a[i] = two_halves(load_half(row[i] + byte, bytes), load_half(row[i + 4] + byte, bytes));
         a[i + 4] = two_halves(load_half(row[i + 8] + byte, bytes), load_half(row[i + 12] + byte, bytes));
     }
+    KVFOLD_UNROLL
     for (int i = 0; i < 8; i += 2) {
         b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
         b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
     }
+    KVFOLD_UNROLL
     for (int i = 0; i < 8; i += 4) {
         a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
         a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
         a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
         a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
     }
+    KVFOLD_UNROLL
     for (int i = 0; i < 4; ++i) {
         out[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
         out[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xDD);
@@ -74,12 +78,12 @@ KVFOLD_INLINE void stage_band_keys(const Band& band, const uint8_t* const* row, 
         __m512i packed[8];
         transpose_words(row, band.byte + byte, band.bytes - byte, packed);
         const int64_t count = smaller(8, words - byte / 4);
+        KVFOLD_UNROLL
         for (int p = 0; p < 8 / Bits; ++p) {
             uint32_t* at = to + (p * words + byte / 4) * kTile;
-            if (count == 8) {
-                for (int j = 0; j < 8; ++j) _mm512_store_si512(at + j * kTile, plane_of<Bits>(packed[j], p));
-            } else {
-                for (int j = 0; j < count; ++j) _mm512_store_si512(at + j * kTile, plane_of<Bits>(packed[j], p));
+            KVFOLD_UNROLL
+            for (int j = 0; j < 8; ++j) {
+                if (j < count) _mm512_store_si512(at + j * kTile, plane_of<Bits>(packed[j], p));
             }
         }
     }
@@ -117,24 +121,30 @@ template <int Width>
 KVFOLD_INLINE void zip_sixteen(const uint8_t* const* row, int64_t byte, int64_t bytes, __m512i out[4][4]) {
     __m512i in[4];
     if constexpr (Width == 64) {
+        KVFOLD_UNROLL
         for (int four = 0; four < 4; ++four) {
+            KVFOLD_UNROLL
             for (int i = 0; i < 4; ++i) in[i] = load_part(row[4 * four + i] + byte, bytes);
             zip_rows(in, out[four]);
         }
     } else if constexpr (Width == 32) {
+        KVFOLD_UNROLL
         for (int pair = 0; pair < 4; pair += 2) {
+            KVFOLD_UNROLL
             for (int i = 0; i < 4; ++i) {
                 const uint8_t* const* at = row + 4 * pair + i;
                 in[i] = two_halves(load_half(at[0] + byte, bytes), load_half(at[4] + byte, bytes));
             }
             __m512i zipped[4];
             zip_rows(in, zipped);
+            KVFOLD_UNROLL
             for (int i = 0; i < 2; ++i) {
                 out[pair][i] = _mm512_shuffle_i64x2(zipped[2 * i], zipped[2 * i + 1], 0x44);
                 out[pair + 1][i] = _mm512_shuffle_i64x2(zipped[2 * i], zipped[2 * i + 1], 0xEE);
             }
         }
     } else {
+        KVFOLD_UNROLL
         for (int i = 0; i < 4; ++i) {
             const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(load_quarter(row[i] + byte, bytes)),
                                                         load_quarter(row[i + 4] + byte, bytes), 1);
@@ -160,9 +170,12 @@ KVFOLD_INLINE void stage_zipped(const uint8_t* const* row, int64_t byte, int64_t
                                 int64_t stride) {
     __m512i zipped[4][4];
     zip_sixteen<Width>(row, byte, bytes, zipped);
+    KVFOLD_UNROLL
     for (int four = 0; four < 4; ++four) {
+        KVFOLD_UNROLL
         for (int p = 0; p < 8 / Bits; ++p) {
             uint32_t* at = to + four * stride + p * plane;
+            KVFOLD_UNROLL
             for (int i = 0; i < Width / 16; ++i) _mm512_store_si512(at + 16 * i, plane_of<Bits>(zipped[four][i], p));
         }
     }

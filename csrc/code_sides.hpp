@@ -69,18 +69,19 @@ class CodeKeys {
     }
 
     CodeKeys(const Side& side, int64_t rows, Bump& bump)
-        : side_(side), blocks_(rows), staged_(staged(side)), width_(side.groups == 1 ? staged_ : side.group_width),
-          depth_(rounded_up(width_, 64)), padded_(rounded_up(staged_, 16)) {
+        : side_(side), blocks_(rows), staged_(staged(side_)),
+          width_(side_.groups == 1 ? staged_ : side_.group_width), depth_(rounded_up(width_, 64)),
+          padded_(rounded_up(staged_, 16)) {
         dim_of_ = bump.take<int32_t>(padded_);
         query_ = bump.take<float>(rows * padded_);
         line_ = bump.take<float>(depth_);
         by_ = bump.take<float>(padded_);
         share_ = bump.take<float>(padded_);
         middle_ = bump.take<float>(padded_ + 64);
-        digits_ = bump.take<int8_t>(side.groups * blocks_.bytes(depth_));
-        step_ = bump.take<float>(side.groups * rows);
-        sum_ = bump.take<float>(side.groups * rows);
-        lost_ = bump.take<float>(side.groups * rows);
+        digits_ = bump.take<int8_t>(side_.groups * blocks_.bytes(depth_));
+        step_ = bump.take<float>(side_.groups * rows);
+        sum_ = bump.take<float>(side_.groups * rows);
+        lost_ = bump.take<float>(side_.groups * rows);
         words_ = bump.take<uint32_t>((staged_ / 4 + 16) * kTile);  // 16: a product may read on, against zeros
         product_ = bump.take<int32_t>(2 * blocks_.each * kTile);
         scale_ = bump.take<float>(kTile);
@@ -102,10 +103,10 @@ class CodeKeys {
         page_ = nullptr;
     }
 
-    void score(const Tile& tile, const Tile& next, bool add, float* scores) {
-        stage(tile, next);
-        if (side_.meta == Meta::channels && tile.page[0] != page_) {
-            page_ = tile.page[0];
+    void score(const Tile& tile, Fetcher& fetcher, bool add, float* scores) {
+        stage(tile, fetcher);
+        if (side_.meta == Meta::channels && tile.page_of(0) != page_) {
+            page_ = tile.page_of(0);
             load_channels(page_ + side_.meta_offset);
             digest();
         }
@@ -119,6 +120,7 @@ class CodeKeys {
                          kTile);
                 for (int64_t i = 0; i < blocks_.in(b); ++i) {
                     const int64_t r = b * blocks_.each + i;
+                    fetcher.turn();
                     apply(product_ + i * kTile, product_ + (blocks_.each + i) * kTile, g * blocks_.rows + r, columns,
                           add || g > 0, scores + r * kTile);
                 }
@@ -205,11 +207,11 @@ class CodeKeys {
         return _mm512_reduce_add_ps(sum);
     }
 
-    void stage(const Tile& tile, const Tile& next) {
+    void stage(const Tile& tile, Fetcher& fetcher) {
         for (int64_t t = 0; t < tile.count; t += 16) {
-            fetch(side_, next, t);
+            fetcher.turn();
             const uint8_t* row[16];
-            for (int64_t i = 0; i < 16; ++i) row[i] = row_of(side_, tile, t + i);
+            tile.rows(side_, t, row);
             uint32_t* to = words_ + t;
             for (int64_t i = 0; i < side_.bands; ++i) {
                 const Band& band = side_.band[i];
@@ -263,14 +265,14 @@ class CodeValues {
     }
 
     CodeValues(const Side& side, int64_t rows, Bump& bump)
-        : side_(side), blocks_(rows), columns_(columns_of(side)) {
+        : side_(side), blocks_(rows), columns_(columns_of(side_)) {
         dim_of_ = bump.take<int32_t>(columns_);
         share_ = bump.take<float>(columns_);
         middle_ = bump.take<float>(columns_);
         digits_ = bump.take<int8_t>(blocks_.bytes(kTile));
         step_ = bump.take<float>(blocks_.count * blocks_.each);
-        shift_ = bump.take<float>(side.groups * rows);
-        lost_ = bump.take<float>(side.groups * rows);
+        shift_ = bump.take<float>(side_.groups * rows);
+        lost_ = bump.take<float>(side_.groups * rows);
         words_ = bump.take<uint32_t>(kTile / 4 * columns_);
         product_ = bump.take<int32_t>(2 * blocks_.each * columns_);
         out_ = bump.take<float>(rows * columns_);
@@ -302,18 +304,19 @@ class CodeValues {
         clear(lost_, side_.groups * blocks_.rows);
     }
 
-    void add(const Tile& tile, const Tile& next, const float* weights, const float* decay) {
-        stage(tile, next);
+    void add(const Tile& tile, Fetcher& fetcher, const float* weights, const float* decay) {
+        stage(tile, fetcher);
         for (int64_t g = 0; g < side_.groups; ++g) {
             load_meta(side_, tile, g, scale_, zero_);
             for (int64_t b = 0; b < blocks_.count; ++b) {
                 int8_t* digits = digits_ + b * 2 * blocks_.each * kTile;
                 for (int64_t i = 0; i < blocks_.in(b); ++i) {
                     const int64_t r = b * blocks_.each + i;
+                    fetcher.turn();
                     weigh(weights + r * kTile, digits + i * kTile, r, g * blocks_.rows + r, decay[r]);
                 }
                 for (int64_t run = 0; run < runs_; ++run) {
-                    if (run_[run].group == g) collect(run_[run], b, digits, rounded_up(tile.count, 4), decay);
+                    if (run_[run].group == g) collect(run_[run], b, digits, rounded_up(tile.count, 4), decay, fetcher);
                 }
             }
         }
@@ -385,11 +388,11 @@ class CodeValues {
         return true;
     }
 
-    void stage(const Tile& tile, const Tile& next) {
+    void stage(const Tile& tile, Fetcher& fetcher) {
         for (int64_t t = 0; t < tile.count; t += 16) {
-            fetch(side_, next, t);
+            fetcher.turn();
             const uint8_t* row[16];
-            for (int64_t i = 0; i < 16; ++i) row[i] = row_of(side_, tile, t + i);
+            tile.rows(side_, t, row);
             uint32_t* to = words_ + t / 4 * columns_;
             for (int64_t i = 0; i < side_.bands; ++i) {
                 const Band& band = side_.band[i];
@@ -421,7 +424,8 @@ class CodeValues {
         lost_[at] = lost_[at] * decay + lost;
     }
 
-    void collect(const Run& run, int64_t block, const int8_t* digits, int64_t depth, const float* decay) {
+    void collect(const Run& run, int64_t block, const int8_t* digits, int64_t depth, const float* decay,
+                 Fetcher& fetcher) {
         products(digits, kTile, 2 * blocks_.each, words_ + run.first, columns_, depth, run.columns,
                  product_ + run.first, columns_);
         for (int64_t i = 0; i < blocks_.in(block); ++i) {
@@ -430,6 +434,7 @@ class CodeValues {
             const int32_t* low = high + blocks_.each * columns_;
             const __m512 step = _mm512_set1_ps(step_[r]), kept = _mm512_set1_ps(decay[r]);
             float* out = out_ + r * columns_ + run.first;
+            fetcher.turn();
             for (int64_t c = 0; c < run.columns; c += 16) {
                 const __m512 stands = _mm512_mul_ps(_mm512_load_ps(out + c), kept);
                 _mm512_store_ps(out + c, _mm512_fmadd_ps(joined(high + c, low + c), step, stands));

@@ -58,11 +58,13 @@ KVFOLD_INLINE void unpack_band(const uint8_t* row, int64_t plane, float* __restr
     int64_t i = 0;
     for (; i + kLanes <= plane; i += kLanes) {
         const IntVec bytes = widen_bytes(row + i);
+        KVFOLD_UNROLL
         for (int p = 0; p < 8 / Bits; ++p) {
             store_unaligned(out + p * plane + i, __builtin_convertvector((bytes >> (p * Bits)) & kMask, Vec));
         }
     }
     for (; i < plane; ++i) {
+        KVFOLD_UNROLL
         for (int p = 0; p < 8 / Bits; ++p) out[p * plane + i] = static_cast<float>((row[i] >> (p * Bits)) & kMask);
     }
 }
@@ -103,10 +105,12 @@ void decode_row(const Side& side, const uint8_t* page, int64_t slot, float* __re
 void decode(const Side& side, const Tile& tile, float* rows, int64_t stride) {
     for (int64_t t = 0; t < tile.count; ++t) {
         float* out = rows + t * stride;
+        const uint8_t* page = tile.page_of(t);
+        const int64_t slot = tile.slot_of(t);
         if (side.coded()) {
-            decode_row(side, tile.page[t], tile.slot[t], out);
+            decode_row(side, page, slot, out);
         } else {
-            const uint8_t* row = row_of(side, tile, t);
+            const uint8_t* row = page + side.codes_offset + slot * side.row_bytes;
             for (int64_t d = 0; d < side.dim; ++d) out[d] = raw_number(side.storage, row, d);
         }
     }
@@ -117,20 +121,25 @@ void decode(const Side& side, const Tile& tile, float* rows, int64_t stride) {
 // scores [G, kTile] (+)= q [G, stride] . rows, four rows at a time, G queries sharing each row that is loaded.
 template <Storage S, int G>
 KVFOLD_INLINE void dot_rows(const float* q, const uint8_t* const* rows, int64_t stride, int64_t count, bool add,
-                            float* scores) {
+                            float* scores, Fetcher& fetcher) {
     for (int64_t t = 0; t < count; t += 4) {
+        fetcher.turn();
         Vec sum[G][4] = {};
         for (int64_t d = 0; d < stride; d += kPair) {
             Vec even[4], odd[4];
+            KVFOLD_UNROLL
             for (int i = 0; i < 4; ++i) load_pair<S>(rows[t + i], d, even[i], odd[i]);
+            KVFOLD_UNROLL
             for (int g = 0; g < G; ++g) {
                 const Vec first = load(q + g * stride + d), second = load(q + g * stride + d + kLanes);
+                KVFOLD_UNROLL
                 for (int i = 0; i < 4; ++i) {
                     sum[g][i] += first * even[i];
                     sum[g][i] += second * odd[i];
                 }
             }
         }
+        KVFOLD_UNROLL
         for (int g = 0; g < G; ++g) {
             float* to = scores + g * kTile + t;
             Vec4 four = totals(sum[g][0], sum[g][1], sum[g][2], sum[g][3]);
@@ -143,52 +152,60 @@ KVFOLD_INLINE void dot_rows(const float* q, const uint8_t* const* rows, int64_t 
 // out [G, stride] = out * decay[g] + weights [G, kTile] @ rows, C pairs of vectors of the rows at a time.
 template <Storage S, int G, int C>
 KVFOLD_INLINE void add_columns(const float* weights, const uint8_t* const* rows, int64_t d, int64_t stride,
-                               int64_t count, const float* decay, float* out) {
+                               int64_t count, const float* decay, float* out, Fetcher& fetcher) {
     Vec sum[G][2 * C];
+    KVFOLD_UNROLL
     for (int g = 0; g < G; ++g) {
+        KVFOLD_UNROLL
         for (int c = 0; c < 2 * C; ++c) sum[g][c] = load(out + g * stride + d + c * kLanes) * splat(decay[g]);
     }
     for (int64_t t = 0; t < count; ++t) {
+        if (t % 4 == 0) fetcher.turn();
         Vec value[2 * C];
+        KVFOLD_UNROLL
         for (int c = 0; c < C; ++c) load_pair<S>(rows[t], d + c * kPair, value[2 * c], value[2 * c + 1]);
+        KVFOLD_UNROLL
         for (int g = 0; g < G; ++g) {
             const Vec weight = splat(weights[g * kTile + t]);
+            KVFOLD_UNROLL
             for (int c = 0; c < 2 * C; ++c) sum[g][c] += weight * value[c];
         }
     }
+    KVFOLD_UNROLL
     for (int g = 0; g < G; ++g) {
+        KVFOLD_UNROLL
         for (int c = 0; c < 2 * C; ++c) store(out + g * stride + d + c * kLanes, sum[g][c]);
     }
 }
 
 template <Storage S, int G>
 KVFOLD_INLINE void add_rows(const float* weights, const uint8_t* const* rows, int64_t stride, int64_t count,
-                            const float* decay, float* out) {
+                            const float* decay, float* out, Fetcher& fetcher) {
     int64_t d = 0;
-    for (; d + 2 * kPair <= stride; d += 2 * kPair) add_columns<S, G, 2>(weights, rows, d, stride, count, decay, out);
-    for (; d < stride; d += kPair) add_columns<S, G, 1>(weights, rows, d, stride, count, decay, out);
+    for (; d + 2 * kPair <= stride; d += 2 * kPair) add_columns<S, G, 2>(weights, rows, d, stride, count, decay, out, fetcher);
+    for (; d < stride; d += kPair) add_columns<S, G, 1>(weights, rows, d, stride, count, decay, out, fetcher);
 }
 
 template <Storage S>
 void dot_group(const float* q, const uint8_t* const* at, int64_t stride, int64_t count, int64_t rows, bool add,
-               float* scores) {
+               float* scores, Fetcher& fetcher) {
     int64_t g = 0;
-    for (; g + 4 <= rows; g += 4) dot_rows<S, 4>(q + g * stride, at, stride, count, add, scores + g * kTile);
-    for (; g + 2 <= rows; g += 2) dot_rows<S, 2>(q + g * stride, at, stride, count, add, scores + g * kTile);
-    if (g < rows) dot_rows<S, 1>(q + g * stride, at, stride, count, add, scores + g * kTile);
+    for (; g + 4 <= rows; g += 4) dot_rows<S, 4>(q + g * stride, at, stride, count, add, scores + g * kTile, fetcher);
+    for (; g + 2 <= rows; g += 2) dot_rows<S, 2>(q + g * stride, at, stride, count, add, scores + g * kTile, fetcher);
+    if (g < rows) dot_rows<S, 1>(q + g * stride, at, stride, count, add, scores + g * kTile, fetcher);
 }
 
 template <Storage S>
 void add_group(const float* weights, const uint8_t* const* at, int64_t stride, int64_t count, int64_t rows,
-               const float* decay, float* out) {
+               const float* decay, float* out, Fetcher& fetcher) {
     int64_t g = 0;
     for (; g + 4 <= rows; g += 4) {
-        add_rows<S, 4>(weights + g * kTile, at, stride, count, decay + g, out + g * stride);
+        add_rows<S, 4>(weights + g * kTile, at, stride, count, decay + g, out + g * stride, fetcher);
     }
     for (; g + 2 <= rows; g += 2) {
-        add_rows<S, 2>(weights + g * kTile, at, stride, count, decay + g, out + g * stride);
+        add_rows<S, 2>(weights + g * kTile, at, stride, count, decay + g, out + g * stride, fetcher);
     }
-    if (g < rows) add_rows<S, 1>(weights + g * kTile, at, stride, count, decay + g, out + g * stride);
+    if (g < rows) add_rows<S, 1>(weights + g * kTile, at, stride, count, decay + g, out + g * stride, fetcher);
 }
 
 // ------------------------------------------------------------------------------------------------------------ sides
@@ -207,6 +224,7 @@ struct FloatRows {
         storage = direct ? side->storage : Storage::f32;
         stride = rounded_up(side->stored_dim(), kPair);
         scratch = direct ? nullptr : bump.take<float>(kTile * stride);
+        for (int64_t t = 0; t < kTile; ++t) at[t] = reinterpret_cast<const uint8_t*>(scratch + t * stride);
     }
 
     void clear() const {
@@ -214,9 +232,10 @@ struct FloatRows {
     }
 
     void open(const Tile& tile) {
-        if (scratch != nullptr) decode(*side, tile, scratch, stride);
-        for (int64_t t = 0; t < rounded_up(tile.count, 4); ++t) {
-            at[t] = scratch != nullptr ? reinterpret_cast<const uint8_t*>(scratch + t * stride) : row_of(*side, tile, t);
+        if (scratch != nullptr) {
+            decode(*side, tile, scratch, stride);
+        } else {
+            for (int64_t t = 0; t < tile.count; t += 16) tile.rows(*side, t, at + t);
         }
     }
 };
@@ -237,13 +256,12 @@ class FloatKeys {
         }
     }
 
-    void score(const Tile& tile, const Tile& next, bool add, float* scores) {
+    void score(const Tile& tile, Fetcher& fetcher, bool add, float* scores) {
         rows_.open(tile);
-        for (int64_t t = 0; t < next.count; t += 16) fetch(*rows_.side, next, t);
         const auto run = rows_.storage == Storage::bf16  ? dot_group<Storage::bf16>
                          : rows_.storage == Storage::f16 ? dot_group<Storage::f16>
                                                          : dot_group<Storage::f32>;
-        run(query_, rows_.at, rows_.stride, tile.count, queries_, add, scores);
+        run(query_, rows_.at, rows_.stride, tile.count, queries_, add, scores, fetcher);
     }
 
   private:
@@ -262,13 +280,12 @@ class FloatValues {
         __builtin_memset(out_, 0, static_cast<size_t>(queries_ * rows_.stride) * sizeof(float));
     }
 
-    void add(const Tile& tile, const Tile& next, const float* weights, const float* decay) {
+    void add(const Tile& tile, Fetcher& fetcher, const float* weights, const float* decay) {
         rows_.open(tile);
-        for (int64_t t = 0; t < next.count; t += 16) fetch(*rows_.side, next, t);
         const auto run = rows_.storage == Storage::bf16  ? add_group<Storage::bf16>
                          : rows_.storage == Storage::f16 ? add_group<Storage::f16>
                                                          : add_group<Storage::f32>;
-        run(weights, rows_.at, rows_.stride, tile.count, queries_, decay, out_);
+        run(weights, rows_.at, rows_.stride, tile.count, queries_, decay, out_, fetcher);
     }
 
     void finish(int64_t r, float inverse, float* out) const {

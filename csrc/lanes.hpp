@@ -27,6 +27,8 @@ typedef uint8_t Bytes __attribute__((vector_size(kLanes * sizeof(uint8_t))));
 typedef float Vec4 __attribute__((vector_size(4 * sizeof(float)), may_alias));
 
 #define KVFOLD_INLINE inline __attribute__((always_inline))
+// Before a loop with few and constant turns, whose arrays are meant to be registers.
+#define KVFOLD_UNROLL _Pragma("GCC unroll 16")
 
 KVFOLD_INLINE Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 KVFOLD_INLINE void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
@@ -81,12 +83,6 @@ KVFOLD_INLINE Vec larger(Vec a, Vec b) {
     return reinterpret_cast<Vec>((reinterpret_cast<IntVec>(a) & first) | (reinterpret_cast<IntVec>(b) & ~first));
 }
 
-KVFOLD_INLINE float total(Vec v) {
-    float sum = 0.0F;
-    for (int i = 0; i < kLanes; ++i) sum += v[i];
-    return sum;
-}
-
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define KVFOLD_SHUFFLE 1
@@ -98,6 +94,7 @@ KVFOLD_INLINE Vec4 totals(Vec a, Vec b, Vec c, Vec d) {
 #ifdef KVFOLD_SHUFFLE
     Vec4 part[4];
     const Vec whole[4] = {a, b, c, d};
+    KVFOLD_UNROLL
     for (int i = 0; i < 4; ++i) {
 #if KVFOLD_LANES == 16
         typedef float Vec8 __attribute__((vector_size(32)));
@@ -117,7 +114,31 @@ KVFOLD_INLINE Vec4 totals(Vec a, Vec b, Vec c, Vec d) {
                     __builtin_shufflevector(part[2], part[3], 2, 6, 3, 7);
     return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
 #else
-    return Vec4{total(a), total(b), total(c), total(d)};
+    Vec4 sums = {};
+    for (int i = 0; i < kLanes; ++i) sums += Vec4{a[i], b[i], c[i], d[i]};
+    return sums;
+#endif
+}
+
+KVFOLD_INLINE float total(Vec v) { return totals(v, Vec{}, Vec{}, Vec{})[0]; }
+
+KVFOLD_INLINE float greatest(Vec v) {
+#ifdef KVFOLD_SHUFFLE
+#if KVFOLD_LANES == 16
+    v = larger(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    v = larger(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+    v = larger(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+#elif KVFOLD_LANES == 8
+    v = larger(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
+    v = larger(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5));
+#else
+    v = larger(v, __builtin_shufflevector(v, v, 2, 3, 0, 1));
+#endif
+    return v[0] > v[1] ? v[0] : v[1];
+#else
+    float most = v[0];
+    for (int i = 1; i < kLanes; ++i) most = v[i] > most ? v[i] : most;
+    return most;
 #endif
 }
 

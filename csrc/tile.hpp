@@ -7,7 +7,7 @@
 namespace kvfold::KVFOLD_ISA {
 namespace {
 
-constexpr int64_t kTile = 64;  // tokens at most; as many bytes as an AMX tile row
+constexpr int64_t kTile = 64;  // tokens at most: what is staged of them stays in the nearest cache
 static_assert(kTile % kLanes == 0);
 
 KVFOLD_INLINE int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -26,12 +26,41 @@ struct Bump {
     }
 };
 
+// Sixteen tokens. `in_line`: they lie one after the other in one page, and `row` and `meta` are not filled in.
+struct Sixteen {
+    bool in_line;
+    const uint8_t* page;
+    int64_t slot;  // of the first
+};
+
 struct Tile {
     int64_t count;
     bool biased;
-    const uint8_t* page[kTile];
+    Sixteen part[kTile / 16];
+    const uint8_t* page[kTile];  // of tokens that are not in line
     int64_t slot[kTile];
     alignas(64) float bias[kTile];
+
+    // Where the codes of the tokens from `first` (a multiple of 16) on begin.
+    KVFOLD_INLINE void rows(const Side& side, int64_t first, const uint8_t** row) const {
+        const Sixteen& some = part[first / 16];
+        if (some.in_line) {
+            const uint8_t* base = some.page + side.codes_offset + some.slot * side.row_bytes;
+            KVFOLD_UNROLL
+            for (int64_t i = 0; i < 16; ++i) row[i] = base + i * side.row_bytes;
+        } else {
+            for (int64_t i = 0; i < 16; ++i) {
+                row[i] = page[first + i] + side.codes_offset + slot[first + i] * side.row_bytes;
+            }
+        }
+    }
+
+    KVFOLD_INLINE const uint8_t* page_of(int64_t t) const {
+        return part[t / 16].in_line ? part[t / 16].page : page[t];
+    }
+    KVFOLD_INLINE int64_t slot_of(int64_t t) const {
+        return part[t / 16].in_line ? part[t / 16].slot + t % 16 : slot[t];
+    }
 };
 
 // Walks the visible slots of a sequence's pages, in order, a tile at a time.
@@ -48,42 +77,55 @@ class Slots {
           slot_(0),
           within_page_(within_page) {}
 
-    // What a tile lacks of whole vectors repeats its first token: memory that is there, and that gets no weight.
     void next(Tile& tile) {
-        int64_t count = 0;
-        while (count < limit_ && page_ < last_) {
-            const uint8_t* page = call_.arena + pages_[page_] + call_.shift;
-            const int64_t end = call_.block_size;
-            if (bias_ == nullptr) {
-                for (; slot_ < end && count < limit_; ++slot_, ++count) {
-                    tile.page[count] = page;
-                    tile.slot[count] = slot_;
-                }
-            } else {
-                const float* bias = bias_ + page_ * end;
-                for (; slot_ < end && count < limit_; ++slot_) {
-                    if (bias[slot_] <= kHidden) continue;
-                    tile.page[count] = page;
-                    tile.slot[count] = slot_;
-                    tile.bias[count++] = bias[slot_];
-                }
-            }
-            if (slot_ == end) {
-                slot_ = 0;
-                ++page_;
-                if (within_page_ && count > 0) break;
-            }
-        }
-        tile.count = count;
+        tile.count = 0;
         tile.biased = bias_ != nullptr;
-        const int64_t whole = count == 0 ? 0 : rounded_up(count, 16);
-        for (int64_t t = count; t < whole; ++t) {
-            tile.page[t] = tile.page[0];
-            tile.slot[t] = tile.slot[0];
+        while (tile.count < limit_ && page_ < last_) {
+            const bool page_ends = fill(tile);
+            if (page_ends && within_page_ && tile.count > 0) break;
         }
     }
 
   private:
+    // The next sixteen tokens; whether they end a page.
+    bool fill(Tile& tile) {
+        Sixteen& some = tile.part[tile.count / 16];
+        if (some.in_line = bias_ == nullptr && slot_ + 16 <= call_.block_size; some.in_line) {
+            some.page = page();
+            some.slot = slot_;
+            tile.count += 16;
+            return step(16);
+        }
+        const int64_t first = tile.count, end = first + 16;
+        bool page_ends = false;
+        while (tile.count < end && page_ < last_ && !(page_ends && within_page_)) {
+            const float bias = bias_ == nullptr ? 0.0F : bias_[page_ * call_.block_size + slot_];
+            if (bias > kHidden) {
+                tile.page[tile.count] = page();
+                tile.slot[tile.count] = slot_;
+                tile.bias[tile.count++] = bias;
+            }
+            page_ends = step(1);
+        }
+        // What is lacking repeats a token: memory that is there, and that gets no weight.
+        for (int64_t t = tile.count; t < end && tile.count > first; ++t) {
+            tile.page[t] = tile.page[first];
+            tile.slot[t] = tile.slot[first];
+        }
+        if (tile.count > first && tile.count < end) page_ends = true;
+        return page_ends;
+    }
+
+    bool step(int64_t slots) {
+        slot_ += slots;
+        if (slot_ < call_.block_size) return false;
+        slot_ = 0;
+        ++page_;
+        return true;
+    }
+
+    const uint8_t* page() const { return call_.arena + pages_[page_] + call_.shift; }
+
     const Call& call_;
     const int64_t* pages_;
     const float* bias_;
@@ -91,22 +133,57 @@ class Slots {
     bool within_page_;
 };
 
-KVFOLD_INLINE const uint8_t* row_of(const Side& side, const Tile& tile, int64_t t) {
-    return tile.page[t] + side.codes_offset + tile.slot[t] * side.row_bytes;
-}
+// Asks for the memory of the tile after this one, a few lines at a time between other work: pages lie anywhere, so the
+// processor cannot guess where, and it keeps track of no more than a dozen or so lines at once.
+class Fetcher {
+  public:
+    Fetcher(const Call& call) : call_(call) {}
 
-// Asks for the rows `first .. first + 15` of a later tile: pages lie anywhere, the processor cannot guess where.
-KVFOLD_INLINE void fetch(const Side& side, const Tile& tile, int64_t first) {
-    if (first >= tile.count) return;
-    for (int64_t t = first; t < first + 16; ++t) {
-        const uint8_t* row = row_of(side, tile, t);
-        for (int64_t byte = 0; byte < side.row_bytes; byte += 64) __builtin_prefetch(row + byte);
+    // `turns`: about how many times it will be its turn.
+    void begin(const Tile& tile, int64_t turns) {
+        runs_ = at_ = 0;
+        const Side& other = call_.parts > 1 ? *call_.keys[1] : *call_.value;
+        for (int64_t t = 0; t < tile.count; t += 16) {
+            add(*call_.keys[0], tile, t);
+            add(other, tile, t);
+        }
+        if (runs_ == 0) return;
+        byte_ = run_[0].first;
+        int64_t bytes = 0;
+        for (int64_t i = 0; i < runs_; ++i) bytes += run_[i].last - run_[i].first;
+        share_ = bytes / 64 / turns + 1;
     }
-    if (side.meta != Meta::none) {
+
+    KVFOLD_INLINE void turn() {
+        for (int64_t i = 0; i < share_ && at_ < runs_; ++i) {
+            __builtin_prefetch(byte_);
+            byte_ += 64;
+            if (byte_ < run_[at_].last) continue;
+            if (++at_ < runs_) byte_ = run_[at_].first;
+        }
+    }
+
+  private:
+    struct Run {
+        const uint8_t *first, *last;
+    };
+
+    void add(const Side& side, const Tile& tile, int64_t t) {
+        const Sixteen& some = tile.part[t / 16];
+        if (!some.in_line) return;  // tokens that few of their neighbours are read with are not worth asking for
+        const uint8_t* codes = some.page + side.codes_offset + some.slot * side.row_bytes;
+        run_[runs_++] = {codes, codes + 16 * side.row_bytes};
+        if (side.meta == Meta::none) return;
         const int64_t bytes = side.meta == Meta::stretch ? 1 : 4 * side.groups;
-        __builtin_prefetch(tile.page[first] + side.meta_offset + tile.slot[first] * bytes);
+        const uint8_t* meta = some.page + side.meta_offset + some.slot * bytes;
+        run_[runs_++] = {meta, meta + 16 * bytes};
     }
-}
+
+    const Call& call_;
+    Run run_[4 * kTile / 16];
+    int64_t runs_ = 0, at_ = 0, share_ = 1;
+    const uint8_t* byte_ = nullptr;
+};
 
 // 2 ** (m / 8), the stretch that the byte m stands for.
 KVFOLD_INLINE float stretch_of(uint8_t m) {
@@ -117,27 +194,32 @@ KVFOLD_INLINE float stretch_of(uint8_t m) {
     return kEighths[m % 8] * __builtin_bit_cast(float, power);
 }
 
-// A token's scale and zero in a group: `scale` belongs to its codes, `zero` to what `zero_share` says of a dim.
+// A token's scale and zero in a group: `scale` belongs to its codes, `zero` to what a dim's share of it is.
 KVFOLD_INLINE void load_meta(const Side& side, const Tile& tile, int64_t group, float* scales, float* zeros) {
     if (side.meta == Meta::stretch) {
         for (int64_t t = 0; t < tile.count; ++t) {
-            scales[t] = zeros[t] = stretch_of(tile.page[t][side.meta_offset + tile.slot[t]]);
+            scales[t] = zeros[t] = stretch_of(tile.page_of(t)[side.meta_offset + tile.slot_of(t)]);
         }
-    } else {
-        alignas(64) uint32_t pairs[kTile];
-        const int64_t step = 4 * side.groups, offset = side.meta_offset + 4 * group;
-        for (int64_t t = 0; t < tile.count; ++t) {
-            __builtin_memcpy(pairs + t, tile.page[t] + offset + step * tile.slot[t], 4);
-        }
-        for (int64_t t = tile.count; t < kTile; ++t) pairs[t] = 0;
-        for (int64_t t = 0; t < kTile; t += kLanes) {
-            const Words pair = *reinterpret_cast<const Words*>(pairs + t);
-            store(scales + t, reinterpret_cast<Vec>(pair << 16));
-            store(zeros + t, reinterpret_cast<Vec>(pair & 0xFFFF0000U));
-        }
+        for (int64_t t = tile.count; t < kTile; ++t) scales[t] = zeros[t] = 0.0F;
         return;
     }
-    for (int64_t t = tile.count; t < kTile; ++t) scales[t] = zeros[t] = 0.0F;
+    alignas(64) uint32_t pairs[kTile] = {};
+    const int64_t step = 4 * side.groups, offset = side.meta_offset + 4 * group;
+    for (int64_t t = 0; t < tile.count; t += 16) {
+        const Sixteen& some = tile.part[t / 16];
+        if (some.in_line && step == 4) {
+            __builtin_memcpy(pairs + t, some.page + offset + 4 * some.slot, 64);
+            continue;
+        }
+        for (int64_t i = t; i < smaller(t + 16, tile.count); ++i) {
+            __builtin_memcpy(pairs + i, tile.page_of(i) + offset + step * tile.slot_of(i), 4);
+        }
+    }
+    for (int64_t t = 0; t < kTile; t += kLanes) {
+        const Words pair = *reinterpret_cast<const Words*>(pairs + t);
+        store(scales + t, reinterpret_cast<Vec>(pair << 16));
+        store(zeros + t, reinterpret_cast<Vec>(pair & 0xFFFF0000U));
+    }
 }
 
 KVFOLD_INLINE float middle(int64_t bits) { return static_cast<float>((1 << bits) - 1) * 0.5F; }

@@ -37,17 +37,18 @@ struct Softmax {
         if (tile.biased) {
             for (int64_t t = 0; t < tile.count; t += kLanes) store(score + t, load(score + t) + load(tile.bias + t));
         }
-        for (int64_t t = tile.count; t < kTile; ++t) score[t] = -__builtin_inff();
+        const int64_t width = rounded_up(tile.count, 16);
+        for (int64_t t = tile.count; t < width; ++t) score[t] = -__builtin_inff();
         Vec most = load(score);
-        for (int64_t t = kLanes; t < kTile; t += kLanes) most = larger(load(score + t), most);
-        float top = peak[r];
-        for (int i = 0; i < kLanes; ++i) top = most[i] > top ? most[i] : top;
+        for (int64_t t = kLanes; t < width; t += kLanes) most = larger(load(score + t), most);
+        const float highest = greatest(most), top = highest > peak[r] ? highest : peak[r];
         Vec total_weight = {};
-        for (int64_t t = 0; t < kTile; t += kLanes) {
+        for (int64_t t = 0; t < width; t += kLanes) {
             const Vec weight = exp_negative(load(score + t) - splat(top));
             total_weight += weight;
             store(score + t, weight);
         }
+        for (int64_t t = width; t < kTile; t += kLanes) store(score + t, Vec{});
         decay[r] = exp_negative(splat(peak[r] - top))[0];
         peak[r] = top;
         sum[r] = sum[r] * decay[r] + total(total_weight);
@@ -79,8 +80,8 @@ struct State {
     Values values;
 
     State(const Call& call, int64_t rows, Bump& bump)
-        : softmax(rows, bump), first(*call.keys[0], rows, bump), second(*call.keys[call.parts - 1], rows, bump),
-          values(*call.value, rows, bump) {}
+        : softmax(rows, bump), first(*call.keys[0], rows, bump),
+          second(*call.keys[call.parts - 1], rows, bump), values(*call.value, rows, bump) {}
 };
 
 template <typename Keys, typename Values>
@@ -103,16 +104,21 @@ void walk_pages(const Call& call, const Walk& walk, void* scratch) {
 
     // What is unpacked to floats should stay in the nearest cache; scales of channels are good for one page.
     const bool floats = !keys_fit(call) || !values_fit(call), channels = call.keys[0]->meta == Meta::channels;
-    Slots slots(call, walk, floats ? kTile / 2 : kTile, channels);
+    Slots slots(call, walk, floats ? 32 : kTile, channels);
+    Fetcher fetcher(call);
     Tile tiles[2];
     Tile *tile = &tiles[0], *next = &tiles[1];
     slots.next(*tile);
     while (tile->count > 0) {
         slots.next(*next);
-        s.first.score(*tile, *next, false, s.softmax.scores);
-        if (call.parts > 1) s.second.score(*tile, *next, true, s.softmax.scores);
-        for (int64_t r = 0; r < walk.rows; ++r) s.softmax.weigh(call, *tile, r);
-        s.values.add(*tile, *next, s.softmax.scores, s.softmax.decay);
+        fetcher.begin(*next, (floats ? 8 : 16) + 4 * walk.rows);
+        s.first.score(*tile, fetcher, false, s.softmax.scores);
+        if (call.parts > 1) s.second.score(*tile, fetcher, true, s.softmax.scores);
+        for (int64_t r = 0; r < walk.rows; ++r) {
+            fetcher.turn();
+            s.softmax.weigh(call, *tile, r);
+        }
+        s.values.add(*tile, fetcher, s.softmax.scores, s.softmax.decay);
         Tile* const done = tile;
         tile = next;
         next = done;
