@@ -43,7 +43,7 @@ void* thread_scratch(size_t bytes) {
 struct Job {
     const Call& call;
     const Variant& variant;
-    int64_t spans, slices;  // of the pages, and of the query rows
+    int64_t spans, slices, groups;  // of the pages, the query rows and the heads
     float *out, *lse;       // [units, spans, rows, value.dim], [units, spans, rows]
     size_t scratch;
     std::atomic<bool> out_of_memory{false};
@@ -53,20 +53,25 @@ void run_task(void* context, size_t task) {
     Job& job = *static_cast<Job*>(context);
     const Call& call = job.call;
     const auto index = static_cast<int64_t>(task);
-    const int64_t part = index / job.slices, slice = index % job.slices;  // part: unit and span
+    const int64_t slice = index % job.slices, span = index / job.slices % job.spans;
+    const int64_t group = index / job.slices / job.spans % job.groups;
+    const int64_t sequence = index / job.slices / job.spans / job.groups;
     void* scratch = thread_scratch(job.scratch);
     if (scratch == nullptr) {
         job.out_of_memory.store(true);
         return;
     }
-    const int64_t span = part % job.spans, row = slice * kMostRows, at = part * call.rows + row;
-    const Walk walk{part / job.spans,
+    const int64_t row = slice * kMostRows, head = group * kMostHeads, unit = sequence * call.heads + head;
+    const int64_t at = (unit * job.spans + span) * call.rows + row;
+    const Walk walk{unit,
+                    std::min(kMostHeads, call.heads - head),
                     row,
                     std::min(kMostRows, call.rows - row),
                     call.pages_per_seq * span / job.spans,
                     call.pages_per_seq * (span + 1) / job.spans,
                     job.out + at * call.value->dim,
-                    job.lse + at};
+                    job.lse + at,
+                    job.spans * call.rows};
     job.variant.walk(call, walk, scratch);
 }
 
@@ -138,14 +143,16 @@ void attend_pages(const Call& call, const Variant& variant, int threads) {
     if (units * call.rows == 0) return;
     const int64_t row_bytes = call.keys[0]->row_bytes + (call.parts > 1 ? call.keys[1] : call.value)->row_bytes;
     const int64_t slices = (call.rows + kMostRows - 1) / kMostRows;
+    const int64_t groups = (call.heads + kMostHeads - 1) / kMostHeads;
     const int64_t bytes = units * slices * call.pages_per_seq * call.block_size * row_bytes;
     threads = static_cast<int>(std::clamp<int64_t>(bytes / kBytesPerThread, 1, std::max(1, threads)));
     int64_t spans = 1;
     if (threads > 1) {
-        const int64_t wanted = (threads * kTasksPerThread + units * slices - 1) / (units * slices);
+        const int64_t walks = call.n * groups * slices;
+        const int64_t wanted = (threads * kTasksPerThread + walks - 1) / walks;
         spans = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, call.pages_per_seq / kPagesPerSpan));
     }
-    Job job{call, variant, spans, slices, call.out, call.lse, variant.scratch(call)};
+    Job job{call, variant, spans, slices, groups, call.out, call.lse, variant.scratch(call)};
     std::unique_ptr<float[]> parts;
     if (spans > 1) {
         const int64_t rows = units * spans * call.rows;
@@ -153,7 +160,7 @@ void attend_pages(const Call& call, const Variant& variant, int threads) {
         job.out = parts.get();
         job.lse = job.out + rows * call.value->dim;
     }
-    const auto tasks = static_cast<size_t>(units * spans * slices);
+    const auto tasks = static_cast<size_t>(call.n * groups * spans * slices);
     if (threads > 1) {
         ThreadPool::shared().run(threads, tasks, run_task, &job);
     } else {

@@ -72,12 +72,17 @@ inline constexpr float kNothing = -3.4028234663852886e38F;
 // Query rows that walk the pages together; more go in several walks.
 inline constexpr int64_t kMostRows = 64;
 
+// KV heads of a sequence that are walked side by side, at most: their pages of a block mostly lie side by side too, and
+// memory gives more when it is read in long runs.
+inline constexpr int64_t kMostHeads = 8;
+
 // Where a walk begins and ends, and where its result goes.
 struct Walk {
-    int64_t unit;         // sequence * heads + head
-    int64_t row, rows;    // the unit's query rows, at most kMostRows
+    int64_t unit, heads;  // sequence * call.heads + first head; heads, at most kMostHeads
+    int64_t row, rows;    // the heads' query rows, at most kMostRows
     int64_t first, last;  // pages
-    float *out, *lse;     // [rows, value.dim], [rows]
+    float *out, *lse;     // of the first head: [rows, value.dim], [rows]
+    int64_t stride;       // rows from one head's result to the next one's
 };
 
 // What a build of the kernel gives: `scratch` bytes, aligned to 64, must be handed to every walk of the call.

@@ -68,24 +68,24 @@ class CodeKeys {
         return width <= kMostDepth && (side.groups == 1 || (natural && width % 4 == 0));
     }
 
-    CodeKeys(const Side& side, int64_t rows, Bump& bump)
+    CodeKeys(const Side& side, int64_t rows, Bump& own, Bump& shared)
         : side_(side), blocks_(rows), staged_(staged(side_)),
           width_(side_.groups == 1 ? staged_ : side_.group_width), depth_(rounded_up(width_, 64)),
           padded_(rounded_up(staged_, 16)) {
-        dim_of_ = bump.take<int32_t>(padded_);
-        query_ = bump.take<float>(rows * padded_);
-        line_ = bump.take<float>(depth_);
-        by_ = bump.take<float>(padded_);
-        share_ = bump.take<float>(padded_);
-        middle_ = bump.take<float>(padded_ + 64);
-        digits_ = bump.take<int8_t>(side_.groups * blocks_.bytes(depth_));
-        step_ = bump.take<float>(side_.groups * rows);
-        sum_ = bump.take<float>(side_.groups * rows);
-        lost_ = bump.take<float>(side_.groups * rows);
-        words_ = bump.take<uint32_t>((staged_ / 4 + 16) * kTile);  // 16: a product may read on, against zeros
-        product_ = bump.take<int32_t>(2 * blocks_.each * kTile);
-        scale_ = bump.take<float>(kTile);
-        zero_ = bump.take<float>(kTile);
+        dim_of_ = shared.take<int32_t>(padded_);
+        query_ = own.take<float>(rows * padded_);
+        line_ = shared.take<float>(depth_);
+        by_ = shared.take<float>(padded_);
+        share_ = shared.take<float>(padded_);
+        middle_ = shared.take<float>(padded_ + 64);
+        digits_ = own.take<int8_t>(side_.groups * blocks_.bytes(depth_));
+        step_ = own.take<float>(side_.groups * rows);
+        sum_ = own.take<float>(side_.groups * rows);
+        lost_ = own.take<float>(side_.groups * rows);
+        words_ = shared.take<uint32_t>((staged_ / 4 + 16) * kTile);  // 16: a product may read on, against zeros
+        product_ = shared.take<int32_t>(2 * blocks_.each * kTile);
+        scale_ = shared.take<float>(kTile);
+        zero_ = shared.take<float>(kTile);
     }
 
     void begin(const float* q, int64_t q_stride, float scale) {
@@ -264,21 +264,21 @@ class CodeValues {
         return columns_of(side) <= kMostColumns && cut(side, nullptr, &runs);
     }
 
-    CodeValues(const Side& side, int64_t rows, Bump& bump)
+    CodeValues(const Side& side, int64_t rows, Bump& own, Bump& shared)
         : side_(side), blocks_(rows), columns_(columns_of(side_)) {
-        dim_of_ = bump.take<int32_t>(columns_);
-        share_ = bump.take<float>(columns_);
-        middle_ = bump.take<float>(columns_);
-        digits_ = bump.take<int8_t>(blocks_.bytes(kTile));
-        step_ = bump.take<float>(blocks_.count * blocks_.each);
-        shift_ = bump.take<float>(side_.groups * rows);
-        lost_ = bump.take<float>(side_.groups * rows);
-        words_ = bump.take<uint32_t>(kTile / 4 * columns_);
-        product_ = bump.take<int32_t>(2 * blocks_.each * columns_);
-        out_ = bump.take<float>(rows * columns_);
-        scale_ = bump.take<float>(kTile);
-        zero_ = bump.take<float>(kTile);
-        line_ = bump.take<float>(kTile);
+        dim_of_ = shared.take<int32_t>(columns_);
+        share_ = shared.take<float>(columns_);
+        middle_ = shared.take<float>(columns_);
+        digits_ = shared.take<int8_t>(blocks_.bytes(kTile));
+        step_ = shared.take<float>(blocks_.count * blocks_.each);
+        shift_ = own.take<float>(side_.groups * rows);
+        lost_ = own.take<float>(side_.groups * rows);
+        words_ = shared.take<uint32_t>(kTile / 4 * columns_);
+        product_ = shared.take<int32_t>(2 * blocks_.each * columns_);
+        out_ = own.take<float>(rows * columns_);
+        scale_ = shared.take<float>(kTile);
+        zero_ = shared.take<float>(kTile);
+        line_ = shared.take<float>(kTile);
     }
 
     void begin() {

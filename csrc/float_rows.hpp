@@ -242,8 +242,8 @@ struct FloatRows {
 
 class FloatKeys {
   public:
-    FloatKeys(const Side& side, int64_t rows, Bump& bump)
-        : rows_(side, rows, bump), queries_(rows), query_(bump.take<float>(rows * rows_.stride)) {}
+    FloatKeys(const Side& side, int64_t rows, Bump& own, Bump& shared)
+        : rows_(side, rows, shared), queries_(rows), query_(own.take<float>(rows * rows_.stride)) {}
 
     // q [rows, q_stride], the side's own dims of it.
     void begin(const float* q, int64_t q_stride, float scale) {
@@ -272,8 +272,8 @@ class FloatKeys {
 
 class FloatValues {
   public:
-    FloatValues(const Side& side, int64_t rows, Bump& bump)
-        : rows_(side, rows, bump), queries_(rows), out_(bump.take<float>(rows * rows_.stride)) {}
+    FloatValues(const Side& side, int64_t rows, Bump& own, Bump& shared)
+        : rows_(side, rows, shared), queries_(rows), out_(own.take<float>(rows * rows_.stride)) {}
 
     void begin() {
         rows_.clear();

@@ -66,11 +66,11 @@ struct Tile {
 // Walks the visible slots of a sequence's pages, in order, a tile at a time.
 class Slots {
   public:
-    Slots(const Call& call, const Walk& walk, int64_t limit, bool within_page)
+    Slots(const Call& call, const Walk& walk, int64_t unit, int64_t limit, bool within_page)
         : call_(call),
-          pages_(call.pages + walk.unit * call.pages_per_seq),
+          pages_(call.pages + unit * call.pages_per_seq),
           bias_(call.bias == nullptr ? nullptr
-                                     : call.bias + walk.unit / call.heads * call.pages_per_seq * call.block_size),
+                                     : call.bias + unit / call.heads * call.pages_per_seq * call.block_size),
           limit_(limit),
           last_(walk.last),
           page_(walk.first),

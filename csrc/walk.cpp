@@ -1,6 +1,8 @@
 // The kernel itself: a walk over pages with an online softmax. This file is compiled once for each instruction set, with
 // KVFOLD_ISA naming the namespace and KVFOLD_LANES the floats in a vector; attend_pages.cpp picks one at run time. What
 // it includes keeps to the rule of lanes.hpp.
+#include <new>
+
 #include "float_rows.hpp"
 #if defined(__AVX512VNNI__)
 #include "code_sides.hpp"
@@ -15,9 +17,9 @@ struct Softmax {
     float *scores;               // [rows, kTile]: scores, then weights
     float *peak, *sum, *decay;   // [rows]
 
-    Softmax(int64_t rows, Bump& bump)
-        : scores(bump.take<float>(rows * kTile)), peak(bump.take<float>(rows)), sum(bump.take<float>(rows)),
-          decay(bump.take<float>(rows)) {}
+    Softmax(int64_t rows, Bump& own, Bump& shared)
+        : scores(shared.take<float>(rows * kTile)), peak(own.take<float>(rows)), sum(own.take<float>(rows)),
+          decay(shared.take<float>(rows)) {}
 
     void begin(int64_t rows) const {
         for (int64_t r = 0; r < rows; ++r) {
@@ -73,61 +75,89 @@ bool keys_fit(const Call&) { return false; }
 bool values_fit(const Call&) { return false; }
 #endif
 
+// One head of a walk. What outlives a tile is its `own`, the rest is `shared` by the heads, which take turns.
 template <typename Keys, typename Values>
-struct State {
+struct Head {
     Softmax softmax;
     Keys first, second;
     Values values;
 
-    State(const Call& call, int64_t rows, Bump& bump)
-        : softmax(rows, bump), first(*call.keys[0], rows, bump),
-          second(*call.keys[call.parts - 1], rows, bump), values(*call.value, rows, bump) {}
+    Head(const Call& call, int64_t rows, Bump& own, Bump shared)
+        : softmax(rows, own, shared), first(*call.keys[0], rows, own, shared),
+          second(*call.keys[call.parts - 1], rows, own, shared), values(*call.value, rows, own, shared) {
+        end = shared.used;
+    }
+
+    void begin(const Call& call, const float* q, int64_t rows) {
+        softmax.begin(rows);
+        first.begin(q, call.key_dims(), call.scale);
+        if (call.parts > 1) second.begin(q + call.keys[0]->dim, call.key_dims(), call.scale);
+        values.begin();
+    }
+
+    void attend(const Call& call, int64_t rows, const Tile& tile, Fetcher& fetcher) {
+        first.score(tile, fetcher, false, softmax.scores);
+        if (call.parts > 1) second.score(tile, fetcher, true, softmax.scores);
+        for (int64_t r = 0; r < rows; ++r) {
+            fetcher.turn();
+            softmax.weigh(call, tile, r);
+        }
+        values.add(tile, fetcher, softmax.scores, softmax.decay);
+    }
+
+    void finish(const Call& call, int64_t rows, float* out, float* lse) const {
+        for (int64_t r = 0; r < rows; ++r) {
+            const bool nothing = softmax.sum[r] == 0.0F;  // NaN is not nothing
+            values.finish(r, nothing ? 0.0F : 1.0F / softmax.sum[r], out + r * call.value->dim);
+            lse[r] = nothing ? kNothing : softmax.peak[r] + __builtin_logf(softmax.sum[r]);
+        }
+    }
+
+    size_t end = 0;  // of what is shared
 };
 
 template <typename Keys, typename Values>
 size_t scratch_of(const Call& call) {
-    Bump bump{nullptr};
-    const State<Keys, Values> state(call, smaller(call.rows, kMostRows), bump);
-    return bump.used;
+    Bump own{nullptr};
+    const Head<Keys, Values> head(call, smaller(call.rows, kMostRows), own, Bump{nullptr});
+    return head.end + static_cast<size_t>(smaller(call.heads, kMostHeads)) * own.used;
 }
 
 template <typename Keys, typename Values>
 void walk_pages(const Call& call, const Walk& walk, void* scratch) {
-    Bump bump{static_cast<uint8_t*>(scratch)};
-    State<Keys, Values> s(call, walk.rows, bump);
-    const ProductScope scope(2 * smaller(walk.rows, kBlockRows));
-    const float* q = call.q + (walk.unit * call.rows + walk.row) * call.key_dims();
-    s.softmax.begin(walk.rows);
-    s.first.begin(q, call.key_dims(), call.scale);
-    if (call.parts > 1) s.second.begin(q + call.keys[0]->dim, call.key_dims(), call.scale);
-    s.values.begin();
-
+    using AHead = Head<Keys, Values>;
     // What is unpacked to floats should stay in the nearest cache; scales of channels are good for one page.
     const bool floats = !keys_fit(call) || !values_fit(call), channels = call.keys[0]->meta == Meta::channels;
-    Slots slots(call, walk, floats ? 32 : kTile, channels);
+    Bump nothing{nullptr};
+    Bump own{static_cast<uint8_t*>(scratch), AHead(call, walk.rows, nothing, Bump{nullptr}).end};
+    alignas(AHead) uint8_t heads_memory[kMostHeads * sizeof(AHead)];
+    alignas(Slots) uint8_t slots_memory[kMostHeads * sizeof(Slots)];
+    auto* heads = reinterpret_cast<AHead*>(heads_memory);
+    auto* slots = reinterpret_cast<Slots*>(slots_memory);
+    for (int64_t h = 0; h < walk.heads; ++h) {
+        new (heads + h) AHead(call, walk.rows, own, Bump{static_cast<uint8_t*>(scratch)});
+        new (slots + h) Slots(call, walk, walk.unit + h, floats ? 32 : kTile, channels);
+        heads[h].begin(call, call.q + ((walk.unit + h) * call.rows + walk.row) * call.key_dims(), walk.rows);
+    }
+
+    const ProductScope scope(2 * smaller(walk.rows, kBlockRows));
     Fetcher fetcher(call);
     Tile tiles[2];
     Tile *tile = &tiles[0], *next = &tiles[1];
-    slots.next(*tile);
-    while (tile->count > 0) {
-        slots.next(*next);
-        fetcher.begin(*next, (floats ? 8 : 16) + 4 * walk.rows);
-        s.first.score(*tile, fetcher, false, s.softmax.scores);
-        if (call.parts > 1) s.second.score(*tile, fetcher, true, s.softmax.scores);
-        for (int64_t r = 0; r < walk.rows; ++r) {
-            fetcher.turn();
-            s.softmax.weigh(call, *tile, r);
-        }
-        s.values.add(*tile, fetcher, s.softmax.scores, s.softmax.decay);
+    slots[0].next(*tile);
+    for (int64_t h = 0; tile->count > 0;) {
+        const int64_t after = h + 1 < walk.heads ? h + 1 : 0;
+        slots[after].next(*next);
+        fetcher.begin(*next, 8 + 4 * walk.rows);
+        heads[h].attend(call, walk.rows, *tile, fetcher);
         Tile* const done = tile;
         tile = next;
         next = done;
+        h = after;
     }
-    for (int64_t r = 0; r < walk.rows; ++r) {
-        const float sum = s.softmax.sum[r];
-        const bool nothing = sum == 0.0F;  // NaN is not nothing
-        s.values.finish(r, nothing ? 0.0F : 1.0F / sum, walk.out + r * call.value->dim);
-        walk.lse[r] = nothing ? kNothing : s.softmax.peak[r] + __builtin_logf(sum);
+    for (int64_t h = 0; h < walk.heads; ++h) {
+        const int64_t at = h * walk.stride;
+        heads[h].finish(call, walk.rows, walk.out + at * call.value->dim, walk.lse + at);
     }
 }
 
