@@ -269,8 +269,8 @@ class CodeValues {
         dim_of_ = shared.take<int32_t>(columns_);
         share_ = shared.take<float>(columns_);
         middle_ = shared.take<float>(columns_);
-        digits_ = shared.take<int8_t>(blocks_.bytes(kTile));
-        step_ = shared.take<float>(blocks_.count * blocks_.each);
+        digits_ = shared.take<int8_t>(side_.groups * blocks_.bytes(kTile));
+        step_ = shared.take<float>(side_.groups * rows);
         shift_ = own.take<float>(side_.groups * rows);
         lost_ = own.take<float>(side_.groups * rows);
         words_ = shared.take<uint32_t>(kTile / 4 * columns_);
@@ -297,27 +297,27 @@ class CodeValues {
             cut(side_, run_, &runs_);
         }
         const auto clear = [](auto* p, int64_t n) { __builtin_memset(p, 0, static_cast<size_t>(n) * sizeof *p); };
-        clear(digits_, blocks_.bytes(kTile));
+        clear(digits_, side_.groups * blocks_.bytes(kTile));
         clear(words_, kTile / 4 * columns_);
         clear(out_, blocks_.rows * columns_);
         clear(shift_, side_.groups * blocks_.rows);
         clear(lost_, side_.groups * blocks_.rows);
     }
 
+    // Weights are made bytes before values are staged: AMX takes them from the cache, which they have reached by then.
     void add(const Tile& tile, Fetcher& fetcher, const float* weights, const float* decay) {
-        stage(tile, fetcher);
         for (int64_t g = 0; g < side_.groups; ++g) {
             load_meta(side_, tile, g, scale_, zero_);
+            for (int64_t r = 0; r < blocks_.rows; ++r) {
+                fetcher.turn();
+                weigh(weights + r * kTile, digits_of(g, r / blocks_.each) + r % blocks_.each * kTile,
+                      g * blocks_.rows + r, decay[r]);
+            }
+        }
+        stage(tile, fetcher);
+        for (int64_t run = 0; run < runs_; ++run) {
             for (int64_t b = 0; b < blocks_.count; ++b) {
-                int8_t* digits = digits_ + b * 2 * blocks_.each * kTile;
-                for (int64_t i = 0; i < blocks_.in(b); ++i) {
-                    const int64_t r = b * blocks_.each + i;
-                    fetcher.turn();
-                    weigh(weights + r * kTile, digits + i * kTile, r, g * blocks_.rows + r, decay[r]);
-                }
-                for (int64_t run = 0; run < runs_; ++run) {
-                    if (run_[run].group == g) collect(run_[run], b, digits, rounded_up(tile.count, 4), decay, fetcher);
-                }
+                collect(run_[run], b, rounded_up(tile.count, 4), decay, fetcher);
             }
         }
     }
@@ -405,7 +405,7 @@ class CodeValues {
     }
 
     // A row's weights times the scales, as bytes; what they make of the zeros is shifted at the end.
-    void weigh(const float* weights, int8_t* high, int64_t row, int64_t at, float decay) const {
+    void weigh(const float* weights, int8_t* high, int64_t at, float decay) const {
         __m512 moved = _mm512_setzero_ps(), greatest = _mm512_setzero_ps();
         for (int64_t t = 0; t < kTile; t += 16) {
             const __m512 weight = _mm512_load_ps(weights + t);
@@ -419,20 +419,23 @@ class CodeValues {
         shift_[at] = shift_[at] * decay + _mm512_reduce_add_ps(moved);
         const float top = _mm512_reduce_max_ps(greatest);
         const float inverse = top > kLeast ? kSteps / top : 0.0F;
-        step_[row] = top > kLeast ? top / kSteps : 0.0F;
-        const float lost = split(line_, kTile, step_[row], inverse, nullptr, high, high + blocks_.each * kTile);
+        step_[at] = top > kLeast ? top / kSteps : 0.0F;
+        const float lost = split(line_, kTile, step_[at], inverse, nullptr, high, high + blocks_.each * kTile);
         lost_[at] = lost_[at] * decay + lost;
     }
 
-    void collect(const Run& run, int64_t block, const int8_t* digits, int64_t depth, const float* decay,
-                 Fetcher& fetcher) {
-        products(digits, kTile, 2 * blocks_.each, words_ + run.first, columns_, depth, run.columns,
+    int8_t* digits_of(int64_t group, int64_t block) const {
+        return digits_ + group * blocks_.bytes(kTile) + block * 2 * blocks_.each * kTile;
+    }
+
+    void collect(const Run& run, int64_t block, int64_t depth, const float* decay, Fetcher& fetcher) {
+        products(digits_of(run.group, block), kTile, 2 * blocks_.each, words_ + run.first, columns_, depth, run.columns,
                  product_ + run.first, columns_);
         for (int64_t i = 0; i < blocks_.in(block); ++i) {
             const int64_t r = block * blocks_.each + i;
             const int32_t* high = product_ + i * columns_ + run.first;
             const int32_t* low = high + blocks_.each * columns_;
-            const __m512 step = _mm512_set1_ps(step_[r]), kept = _mm512_set1_ps(decay[r]);
+            const __m512 step = _mm512_set1_ps(step_[run.group * blocks_.rows + r]), kept = _mm512_set1_ps(decay[r]);
             float* out = out_ + r * columns_ + run.first;
             fetcher.turn();
             for (int64_t c = 0; c < run.columns; c += 16) {
@@ -449,7 +452,7 @@ class CodeValues {
     int32_t* dim_of_;
     float *share_, *middle_;  // [columns]: of a token's zero, of the codes
     int8_t* digits_;
-    float *step_, *shift_, *lost_;  // [rows], [groups, rows] twice
+    float *step_, *shift_, *lost_;  // [groups, rows]
     uint32_t* words_;  // [kTile / 4, columns]
     int32_t* product_;
     float *out_, *scale_, *zero_, *line_;
