@@ -103,8 +103,23 @@ class CodeKeys {
         page_ = nullptr;
     }
 
+    void stage(const Tile& tile, Fetcher& fetcher) {
+        for (int64_t t = 0; t < tile.count; t += 16) {
+            fetcher.turn();
+            const uint8_t* row[16];
+            tile.rows(side_, t, row);
+            uint32_t* to = words_ + t;
+            for (int64_t i = 0; i < side_.bands; ++i) {
+                const Band& band = side_.band[i];
+                if (band.bits == 8) stage_band_keys<8>(band, row, to);
+                if (band.bits == 4) stage_band_keys<4>(band, row, to);
+                if (band.bits == 2) stage_band_keys<2>(band, row, to);
+                to += 8 / band.bits * plane_words(band) * kTile;
+            }
+        }
+    }
+
     void score(const Tile& tile, Fetcher& fetcher, bool add, float* scores) {
-        stage(tile, fetcher);
         if (side_.meta == Meta::channels && tile.page_of(0) != page_) {
             page_ = tile.page_of(0);
             load_channels(page_ + side_.meta_offset);
@@ -207,22 +222,6 @@ class CodeKeys {
         return _mm512_reduce_add_ps(sum);
     }
 
-    void stage(const Tile& tile, Fetcher& fetcher) {
-        for (int64_t t = 0; t < tile.count; t += 16) {
-            fetcher.turn();
-            const uint8_t* row[16];
-            tile.rows(side_, t, row);
-            uint32_t* to = words_ + t;
-            for (int64_t i = 0; i < side_.bands; ++i) {
-                const Band& band = side_.band[i];
-                if (band.bits == 8) stage_band_keys<8>(band, row, to);
-                if (band.bits == 4) stage_band_keys<4>(band, row, to);
-                if (band.bits == 2) stage_band_keys<2>(band, row, to);
-                to += 8 / band.bits * plane_words(band) * kTile;
-            }
-        }
-    }
-
     void apply(const int32_t* high, const int32_t* low, int64_t r, int64_t columns, bool add, float* scores) const {
         const __m512 step = _mm512_set1_ps(step_[r]), sum = _mm512_set1_ps(sum_[r]), lost = _mm512_set1_ps(lost_[r]);
         const bool scaled = side_.meta != Meta::channels;
@@ -304,7 +303,22 @@ class CodeValues {
         clear(lost_, side_.groups * blocks_.rows);
     }
 
-    // Weights are made bytes before values are staged: AMX takes them from the cache, which they have reached by then.
+    void stage(const Tile& tile, Fetcher& fetcher) {
+        for (int64_t t = 0; t < tile.count; t += 16) {
+            fetcher.turn();
+            const uint8_t* row[16];
+            tile.rows(side_, t, row);
+            uint32_t* to = words_ + t / 4 * columns_;
+            for (int64_t i = 0; i < side_.bands; ++i) {
+                const Band& band = side_.band[i];
+                if (band.bits == 8) stage_band_values<8>(band, row, to, columns_);
+                if (band.bits == 4) stage_band_values<4>(band, row, to, columns_);
+                if (band.bits == 2) stage_band_values<2>(band, row, to, columns_);
+                to += 8 / band.bits * plane_columns(band);
+            }
+        }
+    }
+
     void add(const Tile& tile, Fetcher& fetcher, const float* weights, const float* decay) {
         for (int64_t g = 0; g < side_.groups; ++g) {
             load_meta(side_, tile, g, scale_, zero_);
@@ -314,7 +328,6 @@ class CodeValues {
                       g * blocks_.rows + r, decay[r]);
             }
         }
-        stage(tile, fetcher);
         for (int64_t run = 0; run < runs_; ++run) {
             for (int64_t b = 0; b < blocks_.count; ++b) {
                 collect(run_[run], b, rounded_up(tile.count, 4), decay, fetcher);
@@ -386,22 +399,6 @@ class CodeValues {
             if (runs != nullptr) runs[*count - 1].columns += 16;
         }
         return true;
-    }
-
-    void stage(const Tile& tile, Fetcher& fetcher) {
-        for (int64_t t = 0; t < tile.count; t += 16) {
-            fetcher.turn();
-            const uint8_t* row[16];
-            tile.rows(side_, t, row);
-            uint32_t* to = words_ + t / 4 * columns_;
-            for (int64_t i = 0; i < side_.bands; ++i) {
-                const Band& band = side_.band[i];
-                if (band.bits == 8) stage_band_values<8>(band, row, to, columns_);
-                if (band.bits == 4) stage_band_values<4>(band, row, to, columns_);
-                if (band.bits == 2) stage_band_values<2>(band, row, to, columns_);
-                to += 8 / band.bits * plane_columns(band);
-            }
-        }
     }
 
     // A row's weights times the scales, as bytes; what they make of the zeros is shifted at the end.

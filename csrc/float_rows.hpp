@@ -256,8 +256,9 @@ class FloatKeys {
         }
     }
 
+    void stage(const Tile& tile, Fetcher&) { rows_.open(tile); }
+
     void score(const Tile& tile, Fetcher& fetcher, bool add, float* scores) {
-        rows_.open(tile);
         const auto run = rows_.storage == Storage::bf16  ? dot_group<Storage::bf16>
                          : rows_.storage == Storage::f16 ? dot_group<Storage::f16>
                                                          : dot_group<Storage::f32>;
@@ -280,8 +281,9 @@ class FloatValues {
         __builtin_memset(out_, 0, static_cast<size_t>(queries_ * rows_.stride) * sizeof(float));
     }
 
+    void stage(const Tile& tile, Fetcher&) { rows_.open(tile); }
+
     void add(const Tile& tile, Fetcher& fetcher, const float* weights, const float* decay) {
-        rows_.open(tile);
         const auto run = rows_.storage == Storage::bf16  ? add_group<Storage::bf16>
                          : rows_.storage == Storage::f16 ? add_group<Storage::f16>
                                                          : add_group<Storage::f32>;

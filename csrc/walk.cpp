@@ -96,6 +96,10 @@ struct Head {
     }
 
     void attend(const Call& call, int64_t rows, const Tile& tile, Fetcher& fetcher) {
+        // Everything is staged before anything is multiplied: AMX takes it from the cache, which it has reached by then.
+        first.stage(tile, fetcher);
+        if (call.parts > 1) second.stage(tile, fetcher);
+        values.stage(tile, fetcher);
         first.score(tile, fetcher, false, softmax.scores);
         if (call.parts > 1) second.score(tile, fetcher, true, softmax.scores);
         for (int64_t r = 0; r < rows; ++r) {
