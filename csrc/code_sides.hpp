@@ -27,22 +27,14 @@ struct Blocks {
     int64_t in(int64_t block) const { return smaller(each, rows - block * each); }
 };
 
-// numbers [n] (n a multiple of 16) in steps, 1 / inverse each -> high and low bytes. Returns what that lost, each number
-// times its share, summed up.
-KVFOLD_INLINE float split(const float* numbers, int64_t n, float step, float inverse, const float* shares, int8_t* high,
-                          int8_t* low) {
-    __m512 lost = _mm512_setzero_ps();
-    for (int64_t i = 0; i < n; i += 16) {
-        const __m512 number = _mm512_load_ps(numbers + i);
-        const __m512i steps = _mm512_cvtps_epi32(_mm512_mul_ps(number, _mm512_set1_ps(inverse)));
-        const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(steps, _mm512_set1_epi32(64)), 7);
-        const __m512i lower = _mm512_sub_epi32(steps, _mm512_slli_epi32(upper, 7));
-        const __m512 loss = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(steps), _mm512_set1_ps(step), number);
-        lost = shares == nullptr ? _mm512_add_ps(lost, loss) : _mm512_fmadd_ps(loss, _mm512_loadu_ps(shares + i), lost);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(high + i), _mm512_cvtepi32_epi8(upper));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(low + i), _mm512_cvtepi32_epi8(lower));
-    }
-    return _mm512_reduce_add_ps(lost);
+// 16 numbers in steps of 1 / inverse -> high and low bytes. Returns what that lost.
+KVFOLD_INLINE Vec split(Vec numbers, Vec step, Vec inverse, int8_t* high, int8_t* low) {
+    const __m512i steps = _mm512_cvtps_epi32(numbers * inverse);
+    const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(steps, _mm512_set1_epi32(64)), 7);
+    const __m512i lower = _mm512_sub_epi32(steps, _mm512_slli_epi32(upper, 7));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(high), _mm512_cvtepi32_epi8(upper));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(low), _mm512_cvtepi32_epi8(lower));
+    return numbers - Vec(_mm512_cvtepi32_ps(steps)) * step;
 }
 
 KVFOLD_INLINE __m512 joined(const int32_t* high, const int32_t* low) {
@@ -203,8 +195,13 @@ class CodeKeys {
                 step_[at] = greatest > kLeast ? greatest / kSteps : 0.0F * sum_[at];
                 int8_t* high = digits_ + g * blocks_.bytes(depth_) +
                                (r / blocks_.each * 2 * blocks_.each + r % blocks_.each) * depth_;
-                lost_[at] = split(line_, depth_, step_[at], inverse, middle_ + g * width_, high,
-                                  high + blocks_.each * depth_);
+                Vec lost = {};
+                for (int64_t i = 0; i < depth_; i += kLanes) {
+                    const Vec loss = split(load(line_ + i), splat(step_[at]), splat(inverse), high + i,
+                                           high + blocks_.each * depth_ + i);
+                    lost += loss * load_unaligned<Vec>(middle_ + g * width_ + i);
+                }
+                lost_[at] = _mm512_reduce_add_ps(lost);
             }
         }
     }
@@ -277,7 +274,6 @@ class CodeValues {
         out_ = own.take<float>(rows * columns_);
         scale_ = shared.take<float>(kTile);
         zero_ = shared.take<float>(kTile);
-        line_ = shared.take<float>(kTile);
     }
 
     void begin() {
@@ -322,11 +318,10 @@ class CodeValues {
     void add(const Tile& tile, Fetcher& fetcher, const float* weights, const float* decay) {
         for (int64_t g = 0; g < side_.groups; ++g) {
             load_meta(side_, tile, g, scale_, zero_);
-            for (int64_t r = 0; r < blocks_.rows; ++r) {
-                fetcher.turn();
-                weigh(weights + r * kTile, digits_of(g, r / blocks_.each) + r % blocks_.each * kTile,
-                      g * blocks_.rows + r, decay[r]);
-            }
+            int64_t r = 0;
+            for (; r + 4 <= blocks_.rows; r += 4) weigh<4>(weights, g, r, decay, fetcher);
+            for (; r + 2 <= blocks_.rows; r += 2) weigh<2>(weights, g, r, decay, fetcher);
+            if (r < blocks_.rows) weigh<1>(weights, g, r, decay, fetcher);
         }
         for (int64_t run = 0; run < runs_; ++run) {
             for (int64_t b = 0; b < blocks_.count; ++b) {
@@ -401,25 +396,49 @@ class CodeValues {
         return true;
     }
 
-    // A row's weights times the scales, as bytes; what they make of the zeros is shifted at the end.
-    void weigh(const float* weights, int8_t* high, int64_t at, float decay) const {
-        __m512 moved = _mm512_setzero_ps(), greatest = _mm512_setzero_ps();
-        for (int64_t t = 0; t < kTile; t += 16) {
-            const __m512 weight = _mm512_load_ps(weights + t);
-            const __m512 scaled = _mm512_mul_ps(weight, _mm512_load_ps(scale_ + t));
-            // Zero times a scale that is not a number: the bytes could not say so.
-            moved = _mm512_fmadd_ps(weight, _mm512_load_ps(zero_ + t), moved);
-            moved = _mm512_fmadd_ps(scaled, _mm512_setzero_ps(), moved);
-            greatest = _mm512_max_ps(greatest, scaled);
-            _mm512_store_ps(line_ + t, scaled);
+    // Rows' weights times the scales, as bytes; what they make of the zeros is shifted at the end.
+    template <int N>
+    KVFOLD_INLINE void weigh(const float* weights, int64_t group, int64_t r, const float* decay, Fetcher& fetcher) {
+        Vec moved[N] = {}, greatest[N] = {}, lost[N] = {};
+        for (int64_t t = 0; t < kTile; t += kLanes) {
+            fetcher.turn();
+            const Vec scale = load(scale_ + t), zero = load(zero_ + t);
+            KVFOLD_UNROLL
+            for (int n = 0; n < N; ++n) {
+                const Vec weight = load(weights + (r + n) * kTile + t), scaled = weight * scale;
+                // Zero times a scale that is not a number: the bytes could not say so.
+                moved[n] += weight * zero;
+                moved[n] += scaled * splat(0.0F);
+                greatest[n] = larger(scaled, greatest[n]);
+            }
         }
-        shift_[at] = shift_[at] * decay + _mm512_reduce_add_ps(moved);
-        const float top = _mm512_reduce_max_ps(greatest);
-        const float inverse = top > kLeast ? kSteps / top : 0.0F;
-        step_[at] = top > kLeast ? top / kSteps : 0.0F;
-        const float lost = split(line_, kTile, step_[at], inverse, nullptr, high, high + blocks_.each * kTile);
-        lost_[at] = lost_[at] * decay + lost;
+        const int64_t at = group * blocks_.rows + r;
+        const Vec4 top = folded<Greatest, N>(greatest), kept = four<N>(decay + r);
+        const Vec4 enough = top > kLeast ? top : Vec4{} + __builtin_inff();  // infinite: all steps are 0
+        const Vec4 step = top > kLeast ? top * (1.0F / kSteps) : Vec4{}, inverse = kSteps / enough;
+        for (int64_t t = 0; t < kTile; t += kLanes) {
+            const Vec scale = load(scale_ + t);
+            KVFOLD_UNROLL
+            for (int n = 0; n < N; ++n) {
+                int8_t* high = digits_of(group, (r + n) / blocks_.each) + (r + n) % blocks_.each * kTile + t;
+                const Vec scaled = load(weights + (r + n) * kTile + t) * scale;
+                lost[n] += split(scaled, splat(step[n]), splat(inverse[n]), high, high + blocks_.each * kTile);
+            }
+        }
+        put<N>(step_ + at, step);
+        put<N>(shift_ + at, four<N>(shift_ + at) * kept + folded<Sum, N>(moved));
+        put<N>(lost_ + at, four<N>(lost_ + at) * kept + folded<Sum, N>(lost));
     }
+
+    template <int N>
+    KVFOLD_INLINE static Vec4 four(const float* p) {
+        Vec4 numbers = {};
+        __builtin_memcpy(&numbers, p, N * sizeof(float));
+        return numbers;
+    }
+
+    template <int N>
+    KVFOLD_INLINE static void put(float* p, Vec4 numbers) { __builtin_memcpy(p, &numbers, N * sizeof(float)); }
 
     int8_t* digits_of(int64_t group, int64_t block) const {
         return digits_ + group * blocks_.bytes(kTile) + block * 2 * blocks_.each * kTile;
@@ -452,7 +471,7 @@ class CodeValues {
     float *step_, *shift_, *lost_;  // [groups, rows]
     uint32_t* words_;  // [kTile / 4, columns]
     int32_t* product_;
-    float *out_, *scale_, *zero_, *line_;
+    float *out_, *scale_, *zero_;
 };
 
 }  // namespace

@@ -142,7 +142,7 @@ KVFOLD_INLINE void dot_rows(const float* q, const uint8_t* const* rows, int64_t 
         KVFOLD_UNROLL
         for (int g = 0; g < G; ++g) {
             float* to = scores + g * kTile + t;
-            Vec4 four = totals(sum[g][0], sum[g][1], sum[g][2], sum[g][3]);
+            Vec4 four = folded<Sum, 4>(sum[g]);
             if (add) four += load_unaligned<Vec4>(to);
             __builtin_memcpy(to, &four, sizeof four);
         }

@@ -89,8 +89,18 @@ KVFOLD_INLINE Vec larger(Vec a, Vec b) {
 #endif
 #endif
 
-// The sums of four vectors, side by side: folding them together takes a third of the work of four sums.
-KVFOLD_INLINE Vec4 totals(Vec a, Vec b, Vec c, Vec d) {
+struct Sum {
+    template <typename V>
+    KVFOLD_INLINE static V of(V a, V b) { return a + b; }
+};
+struct Greatest {
+    template <typename V>
+    KVFOLD_INLINE static V of(V a, V b) { return a > b ? a : b; }
+};
+
+// What four vectors come to, side by side: folding them together takes a third of the work of four folds.
+template <typename Fold>
+KVFOLD_INLINE Vec4 folded(Vec a, Vec b, Vec c, Vec d) {
 #ifdef KVFOLD_SHUFFLE
     Vec4 part[4];
     const Vec whole[4] = {a, b, c, d};
@@ -98,48 +108,34 @@ KVFOLD_INLINE Vec4 totals(Vec a, Vec b, Vec c, Vec d) {
     for (int i = 0; i < 4; ++i) {
 #if KVFOLD_LANES == 16
         typedef float Vec8 __attribute__((vector_size(32)));
-        const Vec8 half = __builtin_shufflevector(whole[i], whole[i], 0, 1, 2, 3, 4, 5, 6, 7) +
-                          __builtin_shufflevector(whole[i], whole[i], 8, 9, 10, 11, 12, 13, 14, 15);
-        part[i] = __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+        const Vec8 half = Fold::of(Vec8(__builtin_shufflevector(whole[i], whole[i], 0, 1, 2, 3, 4, 5, 6, 7)),
+                                   Vec8(__builtin_shufflevector(whole[i], whole[i], 8, 9, 10, 11, 12, 13, 14, 15)));
+        part[i] = Fold::of(Vec4(__builtin_shufflevector(half, half, 0, 1, 2, 3)),
+                           Vec4(__builtin_shufflevector(half, half, 4, 5, 6, 7)));
 #elif KVFOLD_LANES == 8
-        part[i] = __builtin_shufflevector(whole[i], whole[i], 0, 1, 2, 3) +
-                  __builtin_shufflevector(whole[i], whole[i], 4, 5, 6, 7);
+        part[i] = Fold::of(Vec4(__builtin_shufflevector(whole[i], whole[i], 0, 1, 2, 3)),
+                           Vec4(__builtin_shufflevector(whole[i], whole[i], 4, 5, 6, 7)));
 #else
         part[i] = whole[i];
 #endif
     }
-    const Vec4 ab = __builtin_shufflevector(part[0], part[1], 0, 4, 1, 5) +
-                    __builtin_shufflevector(part[0], part[1], 2, 6, 3, 7);
-    const Vec4 cd = __builtin_shufflevector(part[2], part[3], 0, 4, 1, 5) +
-                    __builtin_shufflevector(part[2], part[3], 2, 6, 3, 7);
-    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+    const Vec4 ab = Fold::of(Vec4(__builtin_shufflevector(part[0], part[1], 0, 4, 1, 5)),
+                             Vec4(__builtin_shufflevector(part[0], part[1], 2, 6, 3, 7)));
+    const Vec4 cd = Fold::of(Vec4(__builtin_shufflevector(part[2], part[3], 0, 4, 1, 5)),
+                             Vec4(__builtin_shufflevector(part[2], part[3], 2, 6, 3, 7)));
+    return Fold::of(Vec4(__builtin_shufflevector(ab, cd, 0, 1, 4, 5)),
+                    Vec4(__builtin_shufflevector(ab, cd, 2, 3, 6, 7)));
 #else
-    Vec4 sums = {};
-    for (int i = 0; i < kLanes; ++i) sums += Vec4{a[i], b[i], c[i], d[i]};
-    return sums;
+    Vec4 found = {a[0], b[0], c[0], d[0]};
+    for (int i = 1; i < kLanes; ++i) found = Fold::of(found, Vec4{a[i], b[i], c[i], d[i]});
+    return found;
 #endif
 }
 
-KVFOLD_INLINE float total(Vec v) { return totals(v, Vec{}, Vec{}, Vec{})[0]; }
-
-KVFOLD_INLINE float greatest(Vec v) {
-#ifdef KVFOLD_SHUFFLE
-#if KVFOLD_LANES == 16
-    v = larger(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-    v = larger(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
-    v = larger(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
-#elif KVFOLD_LANES == 8
-    v = larger(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
-    v = larger(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5));
-#else
-    v = larger(v, __builtin_shufflevector(v, v, 2, 3, 0, 1));
-#endif
-    return v[0] > v[1] ? v[0] : v[1];
-#else
-    float most = v[0];
-    for (int i = 1; i < kLanes; ++i) most = v[i] > most ? v[i] : most;
-    return most;
-#endif
+// The same of N vectors, N at most 4.
+template <typename Fold, int N>
+KVFOLD_INLINE Vec4 folded(const Vec* v) {
+    return folded<Fold>(v[0], v[N > 1 ? 1 : 0], v[N > 2 ? 2 : 0], v[N > 3 ? 3 : 0]);
 }
 
 // exp(x) for x <= 0, relative error below 2e-7; exactly 0 below -87. NaN stays NaN. The range is reduced by powers of

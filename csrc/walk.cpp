@@ -28,32 +28,70 @@ struct Softmax {
         }
     }
 
-    // Turns a row of scores into weights against the running peak; `decay` is what the peak's rise makes of what
-    // stands. Scores past the tile's count are those of tokens that are not there: they get weight 0.
-    void weigh(const Call& call, const Tile& tile, int64_t r) const {
-        float* score = scores + r * kTile;
-        if (call.softcap != 0.0F) {
-            const Vec cap = splat(call.softcap), inverse = splat(1.0F / call.softcap);
-            for (int64_t t = 0; t < tile.count; t += kLanes) store(score + t, cap * tanh_of(load(score + t) * inverse));
+    // Turns rows of scores into weights against the running peak; `decay` is what the peak's rise makes of what stands.
+    // Scores past the tile's count are those of tokens that are not there: they get weight 0.
+    void weigh(const Call& call, const Tile& tile, int64_t rows, Fetcher& fetcher) const {
+        if (call.softcap != 0.0F || tile.biased) adjust(call, tile, rows);
+        int64_t r = 0;
+        for (; r + 4 <= rows; r += 4) weigh_rows<4>(tile, r, fetcher);
+        for (; r + 2 <= rows; r += 2) weigh_rows<2>(tile, r, fetcher);
+        if (r < rows) weigh_rows<1>(tile, r, fetcher);
+    }
+
+  private:
+    void adjust(const Call& call, const Tile& tile, int64_t rows) const {
+        const Vec cap = splat(call.softcap), inverse = splat(1.0F / call.softcap);
+        for (int64_t r = 0; r < rows; ++r) {
+            for (int64_t t = 0; t < tile.count; t += kLanes) {
+                Vec score = load(scores + r * kTile + t);
+                if (call.softcap != 0.0F) score = cap * tanh_of(score * inverse);
+                if (tile.biased) score += load(tile.bias + t);
+                store(scores + r * kTile + t, score);
+            }
         }
-        if (tile.biased) {
-            for (int64_t t = 0; t < tile.count; t += kLanes) store(score + t, load(score + t) + load(tile.bias + t));
-        }
+    }
+
+    // Rows side by side keep the processor busy where one would wait for itself.
+    template <int N>
+    KVFOLD_INLINE void weigh_rows(const Tile& tile, int64_t r, Fetcher& fetcher) const {
+        float* const score = scores + r * kTile;
         const int64_t width = rounded_up(tile.count, 16);
-        for (int64_t t = tile.count; t < width; ++t) score[t] = -__builtin_inff();
-        Vec most = load(score);
-        for (int64_t t = kLanes; t < width; t += kLanes) most = larger(load(score + t), most);
-        const float highest = greatest(most), top = highest > peak[r] ? highest : peak[r];
-        Vec total_weight = {};
-        for (int64_t t = 0; t < width; t += kLanes) {
-            const Vec weight = exp_negative(load(score + t) - splat(top));
-            total_weight += weight;
-            store(score + t, weight);
+        for (int64_t t = tile.count; t < width; ++t) {
+            for (int n = 0; n < N; ++n) score[n * kTile + t] = -__builtin_inff();
         }
-        for (int64_t t = width; t < kTile; t += kLanes) store(score + t, Vec{});
-        decay[r] = exp_negative(splat(peak[r] - top))[0];
-        peak[r] = top;
-        sum[r] = sum[r] * decay[r] + total(total_weight);
+        Vec most[N], sums[N] = {};
+        KVFOLD_UNROLL
+        for (int n = 0; n < N; ++n) most[n] = load(score + n * kTile);
+        for (int64_t t = kLanes; t < width; t += kLanes) {
+            KVFOLD_UNROLL
+            for (int n = 0; n < N; ++n) most[n] = larger(load(score + n * kTile + t), most[n]);
+        }
+        Vec4 before = {}, sum = {};
+        __builtin_memcpy(&before, peak + r, N * sizeof(float));
+        __builtin_memcpy(&sum, this->sum + r, N * sizeof(float));
+        const Vec4 highest = folded<Greatest, N>(most), top = highest > before ? highest : before;
+        for (int64_t t = 0; t < width; t += kLanes) {
+            fetcher.turn();
+            KVFOLD_UNROLL
+            for (int n = 0; n < N; ++n) {
+                const Vec weight = exp_negative(load(score + n * kTile + t) - splat(top[n]));
+                sums[n] += weight;
+                store(score + n * kTile + t, weight);
+            }
+        }
+        for (int64_t t = width; t < kTile; t += kLanes) {
+            for (int n = 0; n < N; ++n) store(score + n * kTile + t, Vec{});
+        }
+        const Vec4 fall = before - top;
+        Vec falls = {};
+        __builtin_memcpy(&falls, &fall, sizeof fall);
+        const Vec decays = exp_negative(falls);
+        Vec4 kept;
+        __builtin_memcpy(&kept, &decays, sizeof kept);
+        sum = sum * kept + folded<Sum, N>(sums);
+        __builtin_memcpy(decay + r, &kept, N * sizeof(float));
+        __builtin_memcpy(peak + r, &top, N * sizeof(float));
+        __builtin_memcpy(this->sum + r, &sum, N * sizeof(float));
     }
 };
 
@@ -102,10 +140,7 @@ struct Head {
         values.stage(tile, fetcher);
         first.score(tile, fetcher, false, softmax.scores);
         if (call.parts > 1) second.score(tile, fetcher, true, softmax.scores);
-        for (int64_t r = 0; r < rows; ++r) {
-            fetcher.turn();
-            softmax.weigh(call, tile, r);
-        }
+        softmax.weigh(call, tile, rows, fetcher);
         values.add(tile, fetcher, softmax.scores, softmax.decay);
     }
 
