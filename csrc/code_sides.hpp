@@ -119,18 +119,21 @@ class CodeKeys {
         }
         const int64_t columns = rounded_up(tile.count, 16);
         for (int64_t g = 0; g < side_.groups; ++g) {
-            if (side_.meta != Meta::channels) load_meta(side_, tile, g, scale_, zero_);
+            if (side_.meta == Meta::channels) {
+                for (int64_t t = 0; t < kTile; ++t) scale_[t] = zero_[t] = 1.0F;  // what there is, the queries have in them
+            } else {
+                load_meta(side_, tile, g, scale_, zero_);
+            }
             const uint32_t* words = words_ + g * width_ / 4 * kTile;
             for (int64_t b = 0; b < blocks_.count; ++b) {
                 const int8_t* digits = digits_ + g * blocks_.bytes(depth_) + b * 2 * blocks_.each * depth_;
                 products(digits, depth_, 2 * blocks_.each, words, kTile, rounded_up(width_, 4), columns, product_,
                          kTile);
-                for (int64_t i = 0; i < blocks_.in(b); ++i) {
-                    const int64_t r = b * blocks_.each + i;
-                    fetcher.turn();
-                    apply(product_ + i * kTile, product_ + (blocks_.each + i) * kTile, g * blocks_.rows + r, columns,
-                          add || g > 0, scores + r * kTile);
-                }
+                const int64_t rows = blocks_.in(b);
+                int64_t i = 0;
+                for (; i + 4 <= rows; i += 4) apply<4>(g, b, i, columns, add || g > 0, scores, fetcher);
+                for (; i + 2 <= rows; i += 2) apply<2>(g, b, i, columns, add || g > 0, scores, fetcher);
+                if (i < rows) apply<1>(g, b, i, columns, add || g > 0, scores, fetcher);
             }
         }
     }
@@ -219,18 +222,23 @@ class CodeKeys {
         return _mm512_reduce_add_ps(sum);
     }
 
-    void apply(const int32_t* high, const int32_t* low, int64_t r, int64_t columns, bool add, float* scores) const {
-        const __m512 step = _mm512_set1_ps(step_[r]), sum = _mm512_set1_ps(sum_[r]), lost = _mm512_set1_ps(lost_[r]);
-        const bool scaled = side_.meta != Meta::channels;
+    // A block's products, from its row i on, as scores.
+    template <int N>
+    KVFOLD_INLINE void apply(int64_t group, int64_t block, int64_t i, int64_t columns, bool add, float* scores,
+                             Fetcher& fetcher) const {
+        const int64_t r = block * blocks_.each + i, at = group * blocks_.rows + r;
+        const int32_t *high = product_ + i * kTile, *low = high + blocks_.each * kTile;
         for (int64_t t = 0; t < columns; t += 16) {
-            __m512 score = _mm512_fmadd_ps(joined(high + t, low + t), step, lost);
-            if (scaled) {
-                score = _mm512_fmadd_ps(score, _mm512_load_ps(scale_ + t), _mm512_mul_ps(_mm512_load_ps(zero_ + t), sum));
-            } else {
-                score = _mm512_add_ps(score, sum);
+            fetcher.turn();
+            const __m512 scale = _mm512_load_ps(scale_ + t), zero = _mm512_load_ps(zero_ + t);
+            KVFOLD_UNROLL
+            for (int n = 0; n < N; ++n) {
+                float* const to = scores + (r + n) * kTile + t;
+                const __m512 product = joined(high + n * kTile + t, low + n * kTile + t);
+                __m512 score = _mm512_fmadd_ps(product, _mm512_set1_ps(step_[at + n]), _mm512_set1_ps(lost_[at + n]));
+                score = _mm512_fmadd_ps(score, scale, _mm512_mul_ps(zero, _mm512_set1_ps(sum_[at + n])));
+                _mm512_store_ps(to, add ? _mm512_add_ps(score, _mm512_load_ps(to)) : score);
             }
-            if (add) score = _mm512_add_ps(score, _mm512_load_ps(scores + t));
-            _mm512_store_ps(scores + t, score);
         }
     }
 
@@ -447,16 +455,34 @@ class CodeValues {
     void collect(const Run& run, int64_t block, int64_t depth, const float* decay, Fetcher& fetcher) {
         products(digits_of(run.group, block), kTile, 2 * blocks_.each, words_ + run.first, columns_, depth, run.columns,
                  product_ + run.first, columns_);
-        for (int64_t i = 0; i < blocks_.in(block); ++i) {
-            const int64_t r = block * blocks_.each + i;
-            const int32_t* high = product_ + i * columns_ + run.first;
-            const int32_t* low = high + blocks_.each * columns_;
-            const __m512 step = _mm512_set1_ps(step_[run.group * blocks_.rows + r]), kept = _mm512_set1_ps(decay[r]);
-            float* out = out_ + r * columns_ + run.first;
+        const int64_t rows = blocks_.in(block);
+        int64_t i = 0;
+        for (; i + 4 <= rows; i += 4) keep<4>(run, block, i, decay, fetcher);
+        for (; i + 2 <= rows; i += 2) keep<2>(run, block, i, decay, fetcher);
+        if (i < rows) keep<1>(run, block, i, decay, fetcher);
+    }
+
+    // Adds a block's products, from its row i on, to what stands.
+    template <int N>
+    KVFOLD_INLINE void keep(const Run& run, int64_t block, int64_t i, const float* decay, Fetcher& fetcher) const {
+        const int64_t r = block * blocks_.each + i;
+        const float* steps = step_ + run.group * blocks_.rows + r;
+        const int32_t* high = product_ + i * columns_ + run.first;
+        const int32_t* low = high + blocks_.each * columns_;
+        float* out = out_ + r * columns_ + run.first;
+        __m512 step[N], kept[N];
+        KVFOLD_UNROLL
+        for (int n = 0; n < N; ++n) {
+            step[n] = _mm512_set1_ps(steps[n]);
+            kept[n] = _mm512_set1_ps(decay[r + n]);
+        }
+        for (int64_t c = 0; c < run.columns; c += 16) {
             fetcher.turn();
-            for (int64_t c = 0; c < run.columns; c += 16) {
-                const __m512 stands = _mm512_mul_ps(_mm512_load_ps(out + c), kept);
-                _mm512_store_ps(out + c, _mm512_fmadd_ps(joined(high + c, low + c), step, stands));
+            KVFOLD_UNROLL
+            for (int n = 0; n < N; ++n) {
+                const int64_t at = n * columns_ + c;
+                const __m512 stands = _mm512_mul_ps(_mm512_load_ps(out + at), kept[n]);
+                _mm512_store_ps(out + at, _mm512_fmadd_ps(joined(high + at, low + at), step[n], stands));
             }
         }
     }

@@ -187,7 +187,7 @@ void walk_pages(const Call& call, const Walk& walk, void* scratch) {
     for (int64_t h = 0; tile->count > 0;) {
         const int64_t after = h + 1 < walk.heads ? h + 1 : 0;
         slots[after].next(*next);
-        fetcher.begin(*next, 8 + 4 * walk.rows);
+        fetcher.begin(*next, 8 + (walk.rows + 3) / 4 * 16);
         heads[h].attend(call, walk.rows, *tile, fetcher);
         Tile* const done = tile;
         tile = next;
