@@ -144,8 +144,12 @@ class Fetcher {
         runs_ = at_ = 0;
         const Side& other = call_.parts > 1 ? *call_.keys[1] : *call_.value;
         for (int64_t t = 0; t < tile.count; t += 16) {
-            add(*call_.keys[0], tile, t);
-            add(other, tile, t);
+            const Sixteen& some = tile.part[t / 16];
+            if (!some.in_line) continue;  // tokens that few of their neighbours are read with are not worth asking for
+            int64_t end = some.slot + 16;
+            for (; t + 16 < tile.count && follows(tile.part[t / 16 + 1], some, end); t += 16) end += 16;
+            add(*call_.keys[0], some.page, some.slot, end);
+            add(other, some.page, some.slot, end);
         }
         if (runs_ == 0) return;
         byte_ = run_[0].first;
@@ -156,7 +160,7 @@ class Fetcher {
 
     KVFOLD_INLINE void turn() {
         for (int64_t i = 0; i < share_ && at_ < runs_; ++i) {
-            __builtin_prefetch(byte_);
+            __builtin_prefetch(byte_, 0, 2);
             byte_ += 64;
             if (byte_ < run_[at_].last) continue;
             if (++at_ < runs_) byte_ = run_[at_].first;
@@ -168,15 +172,24 @@ class Fetcher {
         const uint8_t *first, *last;
     };
 
-    void add(const Side& side, const Tile& tile, int64_t t) {
-        const Sixteen& some = tile.part[t / 16];
-        if (!some.in_line) return;  // tokens that few of their neighbours are read with are not worth asking for
-        const uint8_t* codes = some.page + side.codes_offset + some.slot * side.row_bytes;
-        run_[runs_++] = {codes, codes + 16 * side.row_bytes};
-        if (side.meta == Meta::none) return;
+    static bool follows(const Sixteen& next, const Sixteen& some, int64_t slot) {
+        return next.in_line && next.page == some.page && next.slot == slot;
+    }
+
+    // In the order of addresses, and regions that touch as one: the processor follows along.
+    void add(const Side& side, const uint8_t* page, int64_t slot, int64_t end) {
+        add(page + side.codes_offset + slot * side.row_bytes, page + side.codes_offset + end * side.row_bytes);
+        if (side.meta == Meta::none || side.meta == Meta::channels) return;
         const int64_t bytes = side.meta == Meta::stretch ? 1 : 4 * side.groups;
-        const uint8_t* meta = some.page + side.meta_offset + some.slot * bytes;
-        run_[runs_++] = {meta, meta + 16 * bytes};
+        add(page + side.meta_offset + slot * bytes, page + side.meta_offset + end * bytes);
+    }
+
+    void add(const uint8_t* first, const uint8_t* last) {
+        if (runs_ > 0 && first >= run_[runs_ - 1].last && first - run_[runs_ - 1].last < 64) {
+            run_[runs_ - 1].last = last;
+        } else {
+            run_[runs_++] = {first, last};
+        }
     }
 
     const Call& call_;

@@ -181,18 +181,24 @@ void walk_pages(const Call& call, const Walk& walk, void* scratch) {
 
     const ProductScope scope(2 * smaller(walk.rows, kBlockRows));
     Fetcher fetcher(call);
-    Tile tiles[2];
-    Tile *tile = &tiles[0], *next = &tiles[1];
-    slots[0].next(*tile);
-    for (int64_t h = 0; tile->count > 0;) {
-        const int64_t after = h + 1 < walk.heads ? h + 1 : 0;
-        slots[after].next(*next);
-        fetcher.begin(*next, 8 + (walk.rows + 3) / 4 * 16);
+    // One tile is attended, another is on its way, and a third is asked for.
+    Tile tiles[3];
+    Tile *tile = &tiles[0], *soon = &tiles[1], *later = &tiles[2];
+    int64_t ahead = 0;
+    const auto look_ahead = [&](Tile* into) {
+        slots[ahead].next(*into);
+        ahead = ahead + 1 < walk.heads ? ahead + 1 : 0;
+    };
+    look_ahead(tile);
+    look_ahead(soon);
+    for (int64_t h = 0; tile->count > 0; h = h + 1 < walk.heads ? h + 1 : 0) {
+        look_ahead(later);
+        fetcher.begin(*later, 8 + (walk.rows + 3) / 4 * 16);
         heads[h].attend(call, walk.rows, *tile, fetcher);
         Tile* const done = tile;
-        tile = next;
-        next = done;
-        h = after;
+        tile = soon;
+        soon = later;
+        later = done;
     }
     for (int64_t h = 0; h < walk.heads; ++h) {
         const int64_t at = h * walk.stride;
