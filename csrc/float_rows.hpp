@@ -245,9 +245,9 @@ class FloatKeys {
     FloatKeys(const Side& side, int64_t rows, Bump& own, Bump& shared)
         : rows_(side, rows, shared), queries_(rows), query_(own.take<float>(rows * rows_.stride)) {}
 
-    // q [rows, q_stride], the side's own dims of it.
-    void begin(const float* q, int64_t q_stride, float scale) {
-        rows_.clear();
+    // q [rows, q_stride], the side's own dims of it; `first`: of the heads that share scratch.
+    void begin(const float* q, int64_t q_stride, float scale, bool first) {
+        if (first) rows_.clear();
         for (int64_t r = 0; r < queries_; ++r) {
             for (int64_t i = 0; i < rows_.stride; ++i) {
                 const int64_t d = dim_at(rows_.storage, i);
@@ -276,8 +276,8 @@ class FloatValues {
     FloatValues(const Side& side, int64_t rows, Bump& own, Bump& shared)
         : rows_(side, rows, shared), queries_(rows), out_(own.take<float>(rows * rows_.stride)) {}
 
-    void begin() {
-        rows_.clear();
+    void begin(bool first) {
+        if (first) rows_.clear();
         __builtin_memset(out_, 0, static_cast<size_t>(queries_ * rows_.stride) * sizeof(float));
     }
 

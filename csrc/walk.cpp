@@ -1,11 +1,12 @@
 // The kernel itself: a walk over pages with an online softmax. This file is compiled once for each instruction set, with
 // KVFOLD_ISA naming the namespace and KVFOLD_LANES the floats in a vector; attend_pages.cpp picks one at run time. What
 // it includes keeps to the rule of lanes.hpp.
-#include <new>
+#include <new>  // placement new: the one inline function from outside, and one without instructions
 
 #include "float_rows.hpp"
 #if defined(__AVX512VNNI__)
-#include "code_sides.hpp"
+#include "code_keys.hpp"
+#include "code_values.hpp"
 #endif
 
 namespace kvfold::KVFOLD_ISA {
@@ -126,11 +127,11 @@ struct Head {
         end = shared.used;
     }
 
-    void begin(const Call& call, const float* q, int64_t rows) {
+    void begin(const Call& call, const float* q, int64_t rows, bool first_head) {
         softmax.begin(rows);
-        first.begin(q, call.key_dims(), call.scale);
-        if (call.parts > 1) second.begin(q + call.keys[0]->dim, call.key_dims(), call.scale);
-        values.begin();
+        first.begin(q, call.key_dims(), call.scale, first_head);
+        if (call.parts > 1) second.begin(q + call.keys[0]->dim, call.key_dims(), call.scale, first_head);
+        values.begin(first_head);
     }
 
     void attend(const Call& call, int64_t rows, const Tile& tile, Fetcher& fetcher) {
@@ -176,7 +177,7 @@ void walk_pages(const Call& call, const Walk& walk, void* scratch) {
     for (int64_t h = 0; h < walk.heads; ++h) {
         new (heads + h) AHead(call, walk.rows, own, Bump{static_cast<uint8_t*>(scratch)});
         new (slots + h) Slots(call, walk, walk.unit + h, floats ? 32 : kTile, channels);
-        heads[h].begin(call, call.q + ((walk.unit + h) * call.rows + walk.row) * call.key_dims(), walk.rows);
+        heads[h].begin(call, call.q + ((walk.unit + h) * call.rows + walk.row) * call.key_dims(), walk.rows, h == 0);
     }
 
     const ProductScope scope(2 * smaller(walk.rows, kBlockRows));

@@ -19,7 +19,7 @@ from kvfold.kernels.pages import HIDDEN, PagesCall
 from kvfold.kernels.reference import paged_attend
 
 SIZE = 8
-# Floats are summed in another order; codes are met by queries and weights of 15 bits (csrc/code_sides.hpp).
+# Floats are summed in another order; codes are met by queries and weights of 15 bits (csrc/digits.hpp).
 FLOATS, CODES = 2e-5, 1e-3
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
@@ -243,11 +243,9 @@ def test_both_implementations_agree(dtype: torch.dtype) -> None:
 def test_the_registry_tells_why_the_native_kernel_is_passed_over() -> None:
     call, registry = Paged(("int4", "int4"), (64, 64)).call(), full_registry()
     assert dict(registry.explain("attend_pages", call)) == {"native": "chosen", "unpack": "'native' has precedence"}
-    fmt = replace(call.fmt, k=replace(call.fmt.k, group=32))
+    fmt = replace(call.fmt, k=replace(call.fmt.k, bits=8, group=3))
     reasons = {
-        "soft-capping": replace(call, softcap=5.0),
-        "latent": replace(call, latent=True),
-        "2 groups": replace(call, fmt=fmt),
+        "16 groups of dims": replace(call, fmt=fmt),
         "gradients": replace(call, q=call.q.clone().requires_grad_()),
         "on the CPU": replace(call, q=call.q.to("meta")),
         "torch.float64": replace(call, dtype=torch.float64, fmt=replace(fmt, k=VectorFormat.raw(64, 8))),
