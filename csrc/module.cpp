@@ -1,4 +1,4 @@
-// The one binding file: checks what Python passes, releases the GIL, runs the kernel.
+// What the kernel is to Python: checks what Python passes, releases the GIL, runs the kernel.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -11,6 +11,8 @@
 #include "attend_pages.hpp"
 
 namespace nb = nanobind;
+
+void bind_threads(nb::module_& m);  // bind_threads.cpp
 
 namespace {
 
@@ -160,4 +162,5 @@ NB_MODULE(_native, m) {
           "A Layout; raises ValueError if a region lies outside of its page.");
     m.def("attend_pages", &attend_pages, "Attention over pages; see kvfold.kernels.cpu.attend.");
     m.def("variants", &variant_names, "Names of the builds of the kernel that this processor can run, best first.");
+    bind_threads(m);
 }
