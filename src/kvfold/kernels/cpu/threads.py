@@ -30,8 +30,8 @@ def explain_threads() -> str:
         return "KVFOLD_THREADS"
     torch_threads, cpus = torch.get_num_threads(), usable_cpus()
     if torch_threads <= cpus:
-        return f"torch.get_num_threads(); KVFOLD_THREADS is not set, {cpus} processors may be used"
-    return f"processors that may be used; KVFOLD_THREADS is not set, torch has {torch_threads} threads"
+        return "as torch has (KVFOLD_THREADS is not set)"
+    return f"the processors that may be used; torch has {torch_threads} (KVFOLD_THREADS is not set)"
 
 
 @cache
