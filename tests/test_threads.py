@@ -1,4 +1,4 @@
-"""How many threads the native kernels use, and that the pool survives forks, second callers and any number of threads."""
+"""How many threads the native kernels use; the pool under forks, second callers and any number of threads."""
 
 from __future__ import annotations
 
