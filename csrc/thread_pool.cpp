@@ -12,7 +12,7 @@ namespace {
 // How long a thread looks for work, or for the end of others' work, before it sleeps: the price of a wake-up. The calls
 // of a step follow each other that closely only where little lies between them; longer would burn time that torch's
 // threads need.
-constexpr std::chrono::microseconds kSpin{50};
+constexpr std::chrono::microseconds kSpin{100};
 
 void pause() {
 #if defined(__x86_64__) || defined(__i386__)
