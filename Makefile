@@ -47,7 +47,8 @@ sanitize: $(STAMP) ## run the kernels' tests with address and undefined-behaviou
 	packages=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
 	export PYTHONPATH="$(CURDIR)/$(SANITIZED):$$packages" LD_PRELOAD="$(PRELOAD)" $(THREADS); \
 	export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1; \
-	$(BIN)/python -S -c '$(SANITIZE)' && $(BIN)/python -S -m pytest -n 0 -p no:cacheprovider $(wildcard tests/test_native*.py)
+	$(BIN)/python -S -c '$(SANITIZE)' && \
+	  $(BIN)/python -S -m pytest -n 0 -p no:cacheprovider $(wildcard tests/test_native*.py) tests/test_threads.py
 
 format: $(STAMP) ## let ruff mend what it can: imports, order, layout
 	$(BIN)/ruff check --fix .
