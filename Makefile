@@ -38,7 +38,7 @@ test: $(STAMP) ## run the tests (TESTFLAGS="-n 0 -k name" narrows them)
 # Python finds this copy first and everything else in .venv. The sanitizers' runtime has to be there before Python is.
 SANITIZED := build/sanitize/site
 SANITIZE  := from kvfold.kernels.cpu import _native; import sys; sys.exit("$(SANITIZED)" not in _native.__file__)
-PRELOAD   := $(foreach lib,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(lib)))
+PRELOAD    = $(foreach lib,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(lib)))
 
 sanitize: $(STAMP) ## run the kernels' tests with address and undefined-behaviour sanitizers (GCC), in build/sanitize
 	rm -rf build/sanitize
