@@ -12,7 +12,7 @@ TESTFLAGS ?= -n 2
 BENCH     ?= --shape tiny --context 4096 --batch 4 --vs transformers
 THREADS   := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help venv demo test format lint bench docs clean
+.PHONY: help venv demo test sanitize format lint bench docs clean
 
 help: ## print this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|' 2>/dev/null \
@@ -33,6 +33,22 @@ demo: $(STAMP) ## watch a compressed cache answer from a long text, on the bundl
 
 test: $(STAMP) ## run the tests (TESTFLAGS="-n 0 -k name" narrows them)
 	$(THREADS) $(BIN)/python -m pytest $(TESTFLAGS)
+
+# A build of its own beside the installed one. `-S` leaves out the import hook of the editable installation, so that
+# Python finds this copy first and everything else in .venv. The sanitizers' runtime has to be there before Python is.
+SANITIZED := build/sanitize/site
+SANITIZE  := from kvfold.kernels.cpu import _native; import sys; sys.exit("$(SANITIZED)" not in _native.__file__)
+PRELOAD    = $(foreach lib,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(lib)))
+
+sanitize: $(STAMP) ## run the kernels' tests with address and undefined-behaviour sanitizers (GCC), in build/sanitize
+	rm -rf build/sanitize
+	$(BIN)/python -m pip install --quiet --no-deps --target $(SANITIZED) -C build-dir=build/sanitize/cmake \
+	  -C cmake.define.KVFOLD_SANITIZE=ON -C cmake.build-type=RelWithDebInfo .
+	packages=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	export PYTHONPATH="$(CURDIR)/$(SANITIZED):$$packages" LD_PRELOAD="$(PRELOAD)" $(THREADS); \
+	export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1; \
+	$(BIN)/python -S -c '$(SANITIZE)' && \
+	  $(BIN)/python -S -m pytest -n 0 -p no:cacheprovider $(wildcard tests/test_native*.py) tests/test_threads.py
 
 format: $(STAMP) ## let ruff mend what it can: imports, order, layout
 	$(BIN)/ruff check --fix .

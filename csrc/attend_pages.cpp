@@ -1,4 +1,4 @@
-// Which build of the kernel runs, how its work is split over threads, and how split results are merged.
+// How the work of a call is split over threads, and how split results are merged.
 #include "attend_pages.hpp"
 
 #include <algorithm>
@@ -6,12 +6,6 @@
 #include <cmath>
 #include <memory>
 #include <new>
-#include <vector>
-
-#if defined(KVFOLD_X86) && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 #include "thread_pool.hpp"
 
@@ -98,45 +92,7 @@ void merge_unit(const Job& job, int64_t unit) {
     }
 }
 
-#if defined(KVFOLD_X86) && defined(__linux__)
-// Linux gives a process the state of AMX's tiles only when it asks.
-bool amx_granted() {
-    constexpr long kRequestPermission = 0x1023, kTileData = 18;
-    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
-
-// __builtin_cpu_supports does not know AMX in GCC 12.
-bool amx_here() {
-    unsigned a = 7, b = 0, c = 0, d = 0;
-    __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-    return (d >> 24 & 1) != 0 && (d >> 25 & 1) != 0 && amx_granted();
-}
-#else
-bool amx_here() { return false; }
-#endif
-
 }  // namespace
-
-const Variant* const* variants(size_t* count) {
-    static const std::vector<const Variant*> usable = [] {
-        std::vector<const Variant*> found;
-#ifdef KVFOLD_X86
-        __builtin_cpu_init();
-        const bool avx2_here = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-        if (avx2_here && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-            __builtin_cpu_supports("avx512vnni")) {
-            if (amx_here()) found.push_back(&amx::variant);
-            found.push_back(&avx512::variant);
-        }
-        if (avx2_here) found.push_back(&avx2::variant);
-#endif
-        found.push_back(&baseline::variant);
-        return found;
-    }();
-    *count = usable.size();
-    return usable.data();
-}
 
 void attend_pages(const Call& call, const Variant& variant, int threads) {
     const int64_t units = call.n * call.heads;

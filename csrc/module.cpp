@@ -1,4 +1,4 @@
-// The one binding file: checks what Python passes, releases the GIL, runs the kernel.
+// What the kernel is to Python: checks what Python passes, releases the GIL, runs the kernel.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -11,6 +11,8 @@
 #include "attend_pages.hpp"
 
 namespace nb = nanobind;
+
+void bind_threads(nb::module_& m);  // bind_threads.cpp
 
 namespace {
 
@@ -28,6 +30,9 @@ struct Layout {
 
 // Larger than any size that is meant, small enough that no product of a few overflows.
 constexpr int64_t kMost = 1 << 20;
+
+// Sizes of memory: sums and differences of a few do not overflow.
+constexpr int64_t kMostBytes = int64_t{1} << 60;
 
 int64_t raw_bytes(Storage storage) { return storage == Storage::f32 ? 4 : 2; }
 
@@ -85,7 +90,9 @@ Side make_side(const SideTuple& from, int64_t block_size, int64_t page_bytes) {
 }
 
 Layout make_layout(int64_t block_size, int64_t page_bytes, const SideTuple& k, const SideTuple& v) {
-    if (block_size < 1 || block_size > kMost || page_bytes < 1) throw nb::value_error("bad size of a page");
+    if (block_size < 1 || block_size > kMost || page_bytes < 1 || page_bytes > kMostBytes) {
+        throw nb::value_error("bad size of a page");
+    }
     return Layout{block_size, page_bytes, make_side(k, block_size, page_bytes), make_side(v, block_size, page_bytes)};
 }
 
@@ -119,7 +126,11 @@ void attend_pages(const Layout& layout, bool latent, uintptr_t q, uintptr_t aren
     const kvfold::Variant* const* usable = kvfold::variants(&count);
     if (variant >= count) throw nb::value_error("this processor has no such variant");
     for (const int64_t size : {n, heads, rows, pages_per_seq, arena_bytes}) {
-        if (size < 0) throw nb::value_error("a size is negative");
+        if (size < 0 || size > kMostBytes) throw nb::value_error("a size is negative or too large");
+    }
+    int64_t table = 0;
+    if (__builtin_mul_overflow(n, heads, &table) || __builtin_mul_overflow(table, pages_per_seq, &table)) {
+        throw nb::value_error("a page table too large to count");
     }
     const Call call{.q = pointer<const float>(q),
                     .arena = pointer<const uint8_t>(arena),
@@ -138,7 +149,7 @@ void attend_pages(const Layout& layout, bool latent, uintptr_t q, uintptr_t aren
                     .value = latent ? &layout.k : &layout.v,
                     .scale = scale,
                     .softcap = softcap};
-    check_pages(call.pages, n * heads * pages_per_seq, shift, layout.page_bytes, arena_bytes);
+    check_pages(call.pages, table, shift, layout.page_bytes, arena_bytes);
     nb::gil_scoped_release unlocked;
     kvfold::attend_pages(call, *usable[variant], threads);
 }
@@ -160,4 +171,5 @@ NB_MODULE(_native, m) {
           "A Layout; raises ValueError if a region lies outside of its page.");
     m.def("attend_pages", &attend_pages, "Attention over pages; see kvfold.kernels.cpu.attend.");
     m.def("variants", &variant_names, "Names of the builds of the kernel that this processor can run, best first.");
+    bind_threads(m);
 }

@@ -54,7 +54,7 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_help_has_examples(kvfold: Callable[..., Done]) -> None:
-    for verb in (["demo"], ["generate"], ["eval"], ["calibrate"], ["bench", "decode"]):
+    for verb in (["demo"], ["generate"], ["eval"], ["calibrate"], ["doctor"], ["bench", "decode"]):
         done = kvfold(*verb, "--help")
         assert done.returncode == 0
         assert "Examples:" in done.stdout
@@ -142,6 +142,7 @@ def test_bench_decode_has_a_rival_and_a_limit(kvfold: Callable[..., Done]) -> No
         (["eval", "--merge", "{bad}/short.txt"], ["not an evaluation", "hint"]),
         (["eval", "--model", "{bad}/no-tokenizer"], ["no-tokenizer", "hint"]),
         (["eval", "--model", "/no/such/model"], ["/no/such/model", "hint"]),
+        (["doctor", "--json", "{bad}/no/result.json"], ["no folder", "hint"]),
         (["bench", "decode", "--recipes", "raw;int5"], ["int5", "int4"]),
         (["bench", "decode", "--json", "{bad}/no/result.json"], ["no folder", "hint"]),
         (["bench", "decode", "--shape", "llama-9"], ["llama-9", "tiny"]),

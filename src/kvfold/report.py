@@ -11,13 +11,22 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvfold.bench.decode import DecodeRow
+from kvfold.doctor import STORAGES, Examination
 from kvfold.formats import format_bytes
 from kvfold.quality.calibrate import CalibrationReport
 from kvfold.quality.demo import DemoRow
 from kvfold.quality.results import Evaluation, Row, TaskScore
 from kvfold.quality.tasks import Document
 
-__all__ = ["bench_report", "calibration_report", "demo_report", "eval_report", "lm_eval_report", "stats_report"]
+__all__ = [
+    "bench_report",
+    "calibration_report",
+    "demo_report",
+    "doctor_report",
+    "eval_report",
+    "lm_eval_report",
+    "stats_report",
+]
 
 
 def demo_report(console: Console, document: Document, rows: Sequence[DemoRow], *, answers: bool) -> None:
@@ -215,6 +224,54 @@ def _harness_value(value: object, error: object) -> str:
     if not isinstance(value, int | float):
         return "" if value is None else str(value)
     return f"{value:.4g} ± {error:.2g}" if isinstance(error, int | float) else f"{value:.4g}"
+
+
+_HOW_TO_BUILD = """\
+To get it, install a C++20 compiler (apt install g++, dnf install gcc-c++, xcode-select --install)
+and then kvfold anew: make clean venv in a clone, elsewhere
+  pip install -v --force-reinstall --no-deps --no-cache-dir SOURCE"""
+
+
+def doctor_report(console: Console, found: Examination) -> None:
+    """The machine in a few lines, then the self-test."""
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="bold", no_wrap=True)
+    facts.add_column(overflow="fold")
+    facts.add_row("software", ", ".join(f"{name} {version}" for name, version in found.versions.items()))
+    facts.add_row("processor", f"{escape(found.processor)}, {found.cpus} may be used")
+    if found.features:
+        marks = (name if here else f"[dim strike]{name}[/]" for name, here in found.features.items())
+        facts.add_row("can do", "  ".join(marks))
+    facts.add_row("kernel", f"[green]{found.kernel}[/]" if found.missing is None else f"[yellow]{found.kernel}[/]")
+    for why in dict.fromkeys(found.passed_over.values()):
+        builds = ", ".join(build for build, reason in found.passed_over.items() if reason == why)
+        facts.add_row("", f"not {builds}: {why}", style="dim")
+    facts.add_row("threads", f"{found.threads}: {found.threads_from}")
+    if found.wake_seconds is not None:
+        facts.add_row("", f"at work {found.wake_seconds * 1e6:.0f} µs after a call", style="dim")
+    facts.add_row("memory", f"{format_bytes(found.memory_bytes)} available, read at {found.stream_gb_s:.1f} GB/s")
+    facts.add_row("GPU", escape(found.cuda or f"none: {found.no_cuda}"))
+    console.print(facts)
+    if found.missing is not None:
+        console.print(f"\n[yellow]No native kernel, decode is slower[/]: {escape(found.missing)}.", soft_wrap=True)
+        console.print(_HOW_TO_BUILD, highlight=False, soft_wrap=True)
+    _print_self_test(console, found)
+
+
+def _print_self_test(console: Console, found: Examination) -> None:
+    table = _table("\nSelf-test: error against the float32 reference", ("", *STORAGES))
+    for kernel in dict.fromkeys(test.kernel for test in found.tests):
+        tests = {test.storage: test for test in found.tests if test.kernel == kernel}
+        style = {True: "green", False: "bold red"}
+        cells = (f"[{style[test.passed]}]{test.error:.1e}[/]" for test in (tests[storage] for storage in STORAGES))
+        table.add_row(kernel, *cells)
+    console.print(table)
+    if found.passed:
+        console.print("Every kernel agrees with the reference.", style="green")
+    for test in found.tests:
+        if not test.passed:
+            said = f"FAILED: {test.kernel} on {test.storage}, error {test.error:.1e}, at most {test.tolerance:.0e}"
+            console.print(said, style="bold red", highlight=False)
 
 
 def stats_report(console: Console, stats: Mapping[str, object]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvfold.kernels import cpu
+from kvfold.kernels.cpu.threads import thread_count
 from kvfold.kernels.dense import dense_registry
 from kvfold.kernels.pages import PagesCall, unpack_with
 from kvfold.kernels.reference import paged_attend
@@ -12,7 +13,8 @@ __all__ = ["full_registry"]
 
 
 def full_registry() -> OpRegistry:
-    """A registry that knows ``attend_dense`` and ``attend_pages``."""
+    """A registry that knows ``attend_dense`` and ``attend_pages``. KVFoldError if ``KVFOLD_THREADS`` makes no sense."""
+    thread_count()  # refused here rather than in the middle of a step
     registry = dense_registry()
     registry.register_reference("attend_pages", paged_attend)
     registry.register("attend_pages", "native", cpu.refuses, cpu.attend, priority=10)

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from kvfold.errors import UnsupportedError
 from kvfold.formats import BandFormat, PageFormat, VectorFormat
+from kvfold.kernels.cpu.threads import thread_count
 from kvfold.kernels.pages import PagesCall
 
-__all__ = ["attend", "available", "refuses", "variants"]
+__all__ = ["attend", "available", "builds", "features", "refuses", "variants", "wake_seconds"]
 
 # As in csrc/attend_pages.hpp.
 _RAW = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -54,6 +55,24 @@ def variants() -> tuple[str, ...]:
     return () if isinstance(loaded, str) else tuple(loaded.variants())
 
 
+def builds() -> dict[str, str]:
+    """Every build of the kernel, best first, and the features that this processor lacks for it (none: it can run)."""
+    loaded = _load()
+    return {} if isinstance(loaded, str) else dict(loaded.builds())
+
+
+def features() -> dict[str, bool]:
+    """What a kernel may ask of the processor, and whether it can be used here; nothing without the extension."""
+    loaded = _load()
+    return {} if isinstance(loaded, str) else dict(loaded.features())
+
+
+def wake_seconds(threads: int, pause_seconds: float) -> float | None:
+    """How long it takes, after a pause, until ``threads`` threads have begun with a job; None without the extension."""
+    loaded = _load()
+    return None if isinstance(loaded, str) else float(loaded.wake_seconds(threads, pause_seconds))
+
+
 def refuses(call: PagesCall) -> str | None:
     """Why the native kernel cannot take a call; None if it can."""
     if call.q.device.type != "cpu":
@@ -65,7 +84,7 @@ def refuses(call: PagesCall) -> str | None:
 
 
 def attend(call: PagesCall, variant: int = 0) -> tuple[Tensor, Tensor]:
-    """Runs the kernel on at most ``torch.get_num_threads()`` threads of its own pool, the GIL released.
+    """Runs the kernel on at most `thread_count` threads of its own pool, the GIL released.
 
     ``variant`` counts in `variants`. Raises ValueError if a page lies outside of the arena or a shape is wrong, and
     UnsupportedError for calls that `refuses` would refuse for their format.
@@ -93,7 +112,7 @@ def attend(call: PagesCall, variant: int = 0) -> tuple[Tensor, Tensor]:
     native.attend_pages(
         layout, call.latent, q.data_ptr(), call.arena.data_ptr(), call.arena.numel(), addr.data_ptr(), call.shift,
         0 if bias is None else bias.data_ptr(), o.data_ptr(), lse.data_ptr(), n, heads, rows, pages,
-        call.scale, call.softcap or 0.0, torch.get_num_threads(), variant,
+        call.scale, call.softcap or 0.0, thread_count(), variant,
     )  # fmt: skip
     return o, lse
 
