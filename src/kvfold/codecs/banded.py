@@ -20,7 +20,7 @@ from torch import Tensor
 from kvfold.codecs.packing import pack_codes, unpack_codes
 from kvfold.formats import BandFormat
 
-__all__ = ["decode", "encode"]
+__all__ = ["decode", "encode", "stretch_tables"]
 
 _STEPS_PER_OCTAVE = 8
 _ROOM = 1.25  # how far beyond its band a number may lie and be clipped, instead of stretching its token
@@ -32,8 +32,7 @@ def encode(x: Tensor, fmt: BandFormat) -> tuple[Tensor, Tensor]:
     rows = x.float()
     half = _halves(fmt, x.device)
     # The outermost code stands for everything up to half a step beyond it.
-    excess = (rows.abs() / (half + 0.5)).amax(-1, keepdim=True) / _ROOM
-    octaves = (excess.log2() * _STEPS_PER_OCTAVE).ceil()
+    octaves = _octaves((rows.abs() / (half + 0.5)).amax(-1, keepdim=True) / _ROOM)
     finite = octaves < _NOT_FINITE  # false for NaN too
     meta = torch.where(finite, octaves, float(_NOT_FINITE)).clamp_min_(0)
     # Adding 1/2 and truncating rounds; the clamp takes off what float32 rounds beyond the last code.
@@ -58,6 +57,26 @@ def decode(codes: Tensor, meta: Tensor, fmt: BandFormat, dtype: torch.dtype) -> 
         stretch = torch.exp2(meta.float() / _STEPS_PER_OCTAVE).masked_fill_(meta == _NOT_FINITE, float("nan"))
         out *= stretch.to(dtype)
     return out
+
+
+def _octaves(excess: Tensor) -> Tensor:
+    """The stretches that take numbers this far beyond their band and its room."""
+    return (excess.log2() * _STEPS_PER_OCTAVE).ceil()
+
+
+@lru_cache(maxsize=1)
+def stretch_tables() -> Tensor:
+    """``[3, 256]`` float32, by the byte of meta: the largest excess that needs no more, what codes are multiplied by,
+    and what decoded ones are. For native code, which then decides as `encode` does, to the bit.
+    """
+    meta = torch.arange(256, dtype=torch.float32)
+    # The largest float for which the logarithm, as torch rounds it, gives no more: it is near the power of two.
+    near = torch.exp2(meta / _STEPS_PER_OCTAVE).view(torch.int32)[:, None] + torch.arange(-64, 65, dtype=torch.int32)
+    near = near.view(torch.float32)
+    limit = torch.where(_octaves(near) <= meta[:, None], near, 0.0).amax(-1)
+    stretch = torch.exp2(meta / _STEPS_PER_OCTAVE)
+    stretch[_NOT_FINITE] = float("nan")
+    return torch.stack((limit, torch.exp2(-meta / _STEPS_PER_OCTAVE), stretch))
 
 
 @lru_cache(maxsize=64)
