@@ -31,13 +31,13 @@ def encode(x: Tensor, fmt: BandFormat) -> tuple[Tensor, Tensor]:
     """Rows ``x [..., stored_dim]`` -> codes uint8 ``[..., code_bytes]`` and meta uint8 ``[..., 1]``."""
     rows = x.float()
     half = _halves(fmt, x.device)
+    limit, shrink, _ = stretch_tables(x.device)
     # The outermost code stands for everything up to half a step beyond it.
-    octaves = _octaves((rows.abs() / (half + 0.5)).amax(-1, keepdim=True) / _ROOM)
-    finite = octaves < _NOT_FINITE  # false for NaN too
-    meta = torch.where(finite, octaves, float(_NOT_FINITE)).clamp_min_(0)
+    excess = (rows.abs() / (half + 0.5)).amax(-1, keepdim=True) / _ROOM
+    meta = torch.bucketize(excess, limit[:_NOT_FINITE])  # the first that takes it; NaN goes behind them all
     # Adding 1/2 and truncating rounds; the clamp takes off what float32 rounds beyond the last code.
-    codes = (rows * torch.exp2(-meta / _STEPS_PER_OCTAVE) + half).add_(0.5).clamp_min_(0)
-    codes = torch.minimum(codes, 2 * half).masked_fill_(~finite, 0).to(torch.uint8)
+    codes = (rows * shrink[meta] + half).add_(0.5).clamp_min_(0)
+    codes = torch.minimum(codes, 2 * half).masked_fill_(meta == _NOT_FINITE, 0).to(torch.uint8)
     parts = codes.split([dims for _, dims in fmt.bands], dim=-1)
     packed = [pack_codes(part, bits) for part, (bits, _) in zip(parts, fmt.bands, strict=True)]
     return torch.cat(packed, dim=-1), meta.to(torch.uint8)
@@ -54,29 +54,21 @@ def decode(codes: Tensor, meta: Tensor, fmt: BandFormat, dtype: torch.dtype) -> 
     # Codes less their middle are half-integers below 128: exact in every dtype.
     out -= _halves(fmt, codes.device).to(dtype)
     if bool(meta.any()):
-        stretch = torch.exp2(meta.float() / _STEPS_PER_OCTAVE).masked_fill_(meta == _NOT_FINITE, float("nan"))
-        out *= stretch.to(dtype)
+        out *= stretch_tables(codes.device)[2][meta.long()].to(dtype)
     return out
 
 
-def _octaves(excess: Tensor) -> Tensor:
-    """The stretches that take numbers this far beyond their band and its room."""
-    return (excess.log2() * _STEPS_PER_OCTAVE).ceil()
-
-
-@lru_cache(maxsize=1)
-def stretch_tables() -> Tensor:
-    """``[3, 256]`` float32, by the byte of meta: the largest excess that needs no more, what codes are multiplied by,
-    and what decoded ones are. For native code, which then decides as `encode` does, to the bit.
+@lru_cache(maxsize=8)
+def stretch_tables(device: torch.device) -> Tensor:
+    """``[3, 256]`` float32, by the byte of meta: the largest excess it takes, what rows are multiplied by, and what
+    decoded ones are. Tables, because logarithms and powers are rounded differently from device to device.
     """
-    meta = torch.arange(256, dtype=torch.float32)
-    # The largest float for which the logarithm, as torch rounds it, gives no more: it is near the power of two.
-    near = torch.exp2(meta / _STEPS_PER_OCTAVE).view(torch.int32)[:, None] + torch.arange(-64, 65, dtype=torch.int32)
-    near = near.view(torch.float32)
-    limit = torch.where(_octaves(near) <= meta[:, None], near, 0.0).amax(-1)
-    stretch = torch.exp2(meta / _STEPS_PER_OCTAVE)
+    exact = torch.exp2(torch.arange(256, dtype=torch.float64) / _STEPS_PER_OCTAVE)
+    stretch = exact.float()
+    limit = torch.where(stretch > exact, stretch.nextafter(torch.zeros(())), stretch)
+    shrink = exact.reciprocal().float()
     stretch[_NOT_FINITE] = float("nan")
-    return torch.stack((limit, torch.exp2(-meta / _STEPS_PER_OCTAVE), stretch))
+    return torch.stack((limit, shrink, stretch)).to(device)
 
 
 @lru_cache(maxsize=64)

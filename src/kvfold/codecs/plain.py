@@ -110,10 +110,11 @@ class PlainSide:
 
     def code(self) -> SideCode:
         """The same for the native kernels."""
-        stretch = banded.stretch_tables() if isinstance(self.fmt, BandFormat) else None
+        stretch = banded.stretch_tables(torch.device("cpu")) if isinstance(self.fmt, BandFormat) else None
         return SideCode(self.fmt, self.basis.turn, self.inner, self.projected, stretch)
 
     def encode(self, x: Tensor, layer: int | None) -> tuple[Tensor, Tensor]:
+        """Codes and meta of rows or pages."""
         # Rotated in float32: bfloat16 would cost as much error as the rounding to an 8-bit code.
         rows = self.basis.store(x.float(), layer)
         if isinstance(self.fmt, BandFormat):
@@ -123,6 +124,7 @@ class PlainSide:
         return channels.encode(rows, self.fmt, inner=self.inner)
 
     def write_rows(self, addr: Tensor, slot: Tensor, x: Tensor, layer: int, heads: int) -> None:
+        """Rows ``x [N, dim]`` into slots of pages."""
         if self.meta is None:
             self.codes.put_rows(addr, slot, x)
             return
@@ -132,6 +134,7 @@ class PlainSide:
             self.meta.put_rows(addr[part], slot[part], meta)
 
     def write_pages(self, addr: Tensor, x: Tensor, layer: int | None, unit: int) -> None:
+        """Whole pages ``x [P, S, dim]``; heads (without ``layer`` also layers) begin anew after ``unit`` pages."""
         if self.meta is None:
             self.codes.pages.put(addr, x)
             return
@@ -165,6 +168,7 @@ class PlainSide:
         return self.basis.restore(pages, layer).to(dtype)
 
     def copy_rows(self, source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> None:
+        """Stored rows from (addresses, slots) to others."""
         for region in (self.codes, self.meta):
             if region is not None:
                 region.put_rows(*target, region.take_rows(*source))

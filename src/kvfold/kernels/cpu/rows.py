@@ -94,9 +94,7 @@ class NativePages:
         native = import_module("kvfold.kernels.cpu._native")
         fmt = self._fmt
         self._arena = arena
-        self._store = native.make_store(
-            fmt.block_size, fmt.page_bytes, *self._sides, arena.data_ptr(), arena.numel()
-        )
+        self._store = native.make_store(fmt.block_size, fmt.page_bytes, *self._sides, arena.data_ptr(), arena.numel())
 
     @staticmethod
     def refuses(arena: Tensor, dtype: torch.dtype) -> str | None:
