@@ -5,6 +5,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -226,6 +227,28 @@ void copy_rows(const Store& store, uintptr_t source_addr, uintptr_t source_slot,
     kvfold::copy_rows(store.layout, from, to);
 }
 
+void check_blocks(const int64_t* at, int64_t count, int64_t bytes, int64_t arena_bytes) {
+    must(count >= 0 && bytes >= 1, "a size is negative");
+    const int64_t highest = arena_bytes - bytes;
+    const auto inside = [highest](int64_t offset) { return offset >= 0 && offset <= highest; };
+    must(std::all_of(at, at + count, inside), "a block lies outside of the arena");
+}
+
+void copy_blocks(uintptr_t arena, int64_t arena_bytes, uintptr_t from, uintptr_t to, int64_t count, int64_t bytes,
+                 int threads) {
+    check_blocks(pointer<const int64_t>(from), count, bytes, arena_bytes);
+    check_blocks(pointer<const int64_t>(to), count, bytes, arena_bytes);
+    nb::gil_scoped_release unlocked;
+    kvfold::copy_blocks(pointer<uint8_t>(arena), pointer<const int64_t>(from), pointer<const int64_t>(to), count, bytes,
+                        threads);
+}
+
+void zero_blocks(uintptr_t arena, int64_t arena_bytes, uintptr_t at, int64_t count, int64_t bytes, int threads) {
+    check_blocks(pointer<const int64_t>(at), count, bytes, arena_bytes);
+    nb::gil_scoped_release unlocked;
+    kvfold::zero_blocks(pointer<uint8_t>(arena), pointer<const int64_t>(at), count, bytes, threads);
+}
+
 std::vector<std::string> variant_names() {
     size_t count = 0;
     const StoreVariant* const* usable = kvfold::store_variants(&count);
@@ -251,5 +274,7 @@ void bind_store(nb::module_& m) {
           "A StoredSide; raises ValueError if its parts do not fit together.");
     m.def("make_store", &make_store, nb::arg("block_size"), nb::arg("page_bytes"), nb::arg("k"), nb::arg("v"),
           nb::arg("arena"), nb::arg("arena_bytes"), "A Store; raises ValueError if a region lies outside of its page.");
+    m.def("copy_blocks", &copy_blocks, "Blocks of an arena, copied bit for bit.");
+    m.def("zero_blocks", &zero_blocks, "Zeros over blocks of an arena.");
     m.def("store_variants", &variant_names, "Names of the builds of the write path that this processor can run.");
 }

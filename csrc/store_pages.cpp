@@ -244,6 +244,28 @@ void copy_rows(const PageLayout& layout, const Units& from, const Units& to) {
     }
 }
 
+void copy_blocks(uint8_t* arena, const int64_t* from, const int64_t* to, int64_t count, int64_t bytes, int threads) {
+    const auto size = static_cast<size_t>(bytes);
+    std::vector<int64_t> sources(from, from + count);
+    std::sort(sources.begin(), sources.end());
+    const bool meet = std::any_of(to, to + count, [&](int64_t target) {
+        const auto next = std::upper_bound(sources.begin(), sources.end(), target - bytes);
+        return next != sources.end() && *next < target + bytes;
+    });
+    std::vector<uint8_t> held;
+    if (meet) {  // a target that is also a source: everything is read first
+        held.resize(static_cast<size_t>(count) * size);
+        for (int64_t i = 0; i < count; ++i) std::memcpy(held.data() + static_cast<size_t>(i) * size, arena + from[i], size);
+    }
+    for_units(count, 2 * bytes, threads, [&](int64_t i) {
+        std::memcpy(arena + to[i], meet ? held.data() + static_cast<size_t>(i) * size : arena + from[i], size);
+    });
+}
+
+void zero_blocks(uint8_t* arena, const int64_t* at, int64_t count, int64_t bytes, int threads) {
+    for_units(count, bytes, threads, [&](int64_t i) { std::memset(arena + at[i], 0, static_cast<size_t>(bytes)); });
+}
+
 size_t store_scratch_floats(const StoredSide& side, int64_t rows) {
     const int64_t stride = padded(std::max(side.dim, side.stored_dim));
     const int64_t ranges = padded(side.code == Code::token ? kRows * side.groups : side.stored_dim);

@@ -61,6 +61,13 @@ void recode_units(const PageLayout& source, const Units& from, const PageLayout&
 // Rows into other slots, bit for bit; all are read before any is written.
 void copy_rows(const PageLayout& layout, const Units& from, const Units& to);
 
+// Blocks of `bytes` from byte offsets `from [count]` to `to [count]`; all are read before any is written. Targets do not
+// overlap each other.
+void copy_blocks(uint8_t* arena, const int64_t* from, const int64_t* to, int64_t count, int64_t bytes, int threads);
+
+// Zeros over blocks of `bytes` at byte offsets `at [count]`.
+void zero_blocks(uint8_t* arena, const int64_t* at, int64_t count, int64_t bytes, int threads);
+
 // The builds this processor can run, best first; `count` of them.
 const StoreVariant* const* store_variants(size_t* count);
 

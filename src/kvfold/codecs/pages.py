@@ -12,6 +12,7 @@ from torch import Tensor
 from kvfold.codecs.plain import PlainPages, Windows, parts, work_rows
 from kvfold.codecs.rotation import Basis, Rotation
 from kvfold.formats import PAGE_ALIGN, BandFormat, PageFormat, VectorFormat
+from kvfold.kernels.cpu import rows
 from kvfold.kernels.cpu.rows import NativePages
 from kvfold.kernels.runs import TokenRuns
 
@@ -122,8 +123,8 @@ def _recode(source: PageStore, source_addr: Tensor, target: PageStore, target_ad
     if source.native is not None and target.native is not None and one_is_raw:
         source.native.recode(source_addr, target.native, target_addr)
         return
-    rows, unit = work_rows(source.arena.device), source.heads * source.layers
-    for part in parts(source_addr.numel(), rows // source.fmt.block_size, unit):
+    size, unit = work_rows(source.arena.device), source.heads * source.layers
+    for part in parts(source_addr.numel(), size // source.fmt.block_size, unit):
         target.write_pages(target_addr[part], *source.decode_pages(source_addr[part]))
 
 
@@ -138,10 +139,16 @@ def copy_blocks(arena: Tensor, src: Tensor, dst: Tensor, block_bytes: int) -> No
 
     All sources are read before anything is written; the targets do not overlap each other.
     """
+    if rows.refuses(arena) is None:
+        rows.copy_blocks(arena, src, dst, block_bytes)
+        return
     windows = Windows(arena, block_bytes, step=PAGE_ALIGN)
     windows.put(dst, windows.take(src))
 
 
 def zero_blocks(arena: Tensor, offset: Tensor, block_bytes: int) -> None:
     """Write zeros over the blocks of ``block_bytes`` (a multiple of 64) at byte offsets ``offset [N]``."""
-    Windows(arena, block_bytes, step=PAGE_ALIGN).clear(offset)
+    if rows.refuses(arena) is None:
+        rows.zero_blocks(arena, offset, block_bytes)
+    else:
+        Windows(arena, block_bytes, step=PAGE_ALIGN).clear(offset)

@@ -18,7 +18,7 @@ from kvfold.formats import BandFormat, PageFormat, VectorFormat
 from kvfold.kernels import cpu
 from kvfold.kernels.runs import TokenRuns
 
-__all__ = ["NativePages", "SideCode", "Turn", "row_variants"]
+__all__ = ["NativePages", "SideCode", "Turn", "copy_blocks", "refuses", "row_variants", "zero_blocks"]
 
 # As in csrc/store.hpp.
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -62,6 +62,32 @@ def row_variants() -> tuple[str, ...]:
     return () if native is None else tuple(native.store_variants())
 
 
+def refuses(arena: Tensor) -> str | None:
+    """Why memory in this arena cannot be moved natively; None if it can."""
+    return f"needs an arena on the CPU, got {arena.device.type}" if not arena.is_cpu else cpu.available()
+
+
+def copy_blocks(arena: Tensor, src: Tensor, dst: Tensor, block_bytes: int) -> None:
+    """See `kvfold.codecs.pages.copy_blocks`."""
+    native = import_module("kvfold.kernels.cpu._native")
+    src, dst = _table(src), _table(dst)
+    if src.shape != dst.shape:
+        raise ValueError(f"{src.numel()} blocks cannot be copied to {dst.numel()}")
+    native.copy_blocks(
+        arena.data_ptr(), arena.numel(), src.data_ptr(), dst.data_ptr(), src.numel(), block_bytes,
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def zero_blocks(arena: Tensor, offset: Tensor, block_bytes: int) -> None:
+    """See `kvfold.codecs.pages.zero_blocks`."""
+    native = import_module("kvfold.kernels.cpu._native")
+    offset = _table(offset)
+    native.zero_blocks(
+        arena.data_ptr(), arena.numel(), offset.data_ptr(), offset.numel(), block_bytes, torch.get_num_threads()
+    )
+
+
 class NativePages:
     """The pages of one format in one arena on the CPU, moved by the extension on at most ``torch.get_num_threads()``
     threads of its own pool, the GIL released.
@@ -99,11 +125,9 @@ class NativePages:
     @staticmethod
     def refuses(arena: Tensor, dtype: torch.dtype) -> str | None:
         """Why pages in this arena, of a model of this dtype, cannot be moved natively; None if they can."""
-        if arena.device.type != "cpu":
-            return f"needs an arena on the CPU, got {arena.device.type}"
         if dtype not in _NUMBERS:
             return f"does not know {dtype}"
-        return cpu.available()
+        return refuses(arena)
 
     def _side(self, native: ModuleType, side: SideCode, codes_offset: int, meta_offset: int) -> Any:
         fmt = side.fmt
