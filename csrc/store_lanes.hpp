@@ -175,10 +175,12 @@ KVFOLD_INLINE float total(Vec v) {
 
 // ------------------------------------------------------------------------------------------------- numbers and floats
 
-// The bits of the nearest bfloat16, ties to even; NaN stays NaN.
+// The bits of the nearest bfloat16, ties to even; NaN stays NaN, unless there is none (`Real`).
+template <bool Real = false>
 KVFOLD_INLINE Words bf16_bits(Vec v) {
     const Words bits = words(v);
     const Words rounded = (bits + 0x7FFFU + ((bits >> 16) & 1U)) >> 16;
+    if constexpr (Real) return rounded;
     return either(v != v, Words{} + 0x7FC0U, rounded);
 }
 
@@ -192,10 +194,10 @@ KVFOLD_INLINE Vec read(const uint8_t* p) {
     if constexpr (N == Number::f16) return from_half(p);
 }
 
-template <Number N>
+template <Number N, bool Real = false>
 KVFOLD_INLINE void write(uint8_t* p, Vec v) {
     if constexpr (N == Number::f32) store_as(p, v);
-    if constexpr (N == Number::bf16) store_shorts(p, bf16_bits(v));
+    if constexpr (N == Number::bf16) store_shorts(p, bf16_bits<Real>(v));
     if constexpr (N == Number::f16) store_half(p, v);
 }
 

@@ -131,10 +131,14 @@ void for_units(int64_t units, int64_t unit_bytes, int threads, const One& one) {
 
 int64_t matrix_of(const Units& units, int64_t u) { return units.first_matrix + u % units.matrices; }
 
-// Dense and stored bytes of a unit: of a page, or of one row. (Runs count as pages: most are.)
+// Dense and stored bytes of a unit, on average.
 int64_t unit_bytes(const PageLayout& layout, const Units& units) {
-    const int64_t row = 2 * (layout.k.dim + layout.v.dim);
-    return units.slot != nullptr ? row : layout.page_bytes + layout.block_size * row;
+    const int64_t token = 2 * (layout.k.dim + layout.v.dim) + layout.page_bytes / layout.block_size;
+    if (units.slot != nullptr) return token;
+    if (units.runs == nullptr || units.count == 0) return token * layout.block_size;
+    int64_t tokens = 0;
+    for (int64_t i = 0; i < units.count / units.heads; ++i) tokens += units.runs[i].count;
+    return token * tokens * units.heads / units.count;
 }
 
 }  // namespace

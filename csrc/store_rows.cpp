@@ -231,6 +231,38 @@ KVFOLD_INLINE void scale_tokens(const StoredSide& side, const uint8_t* meta, con
     }
 }
 
+// The same for a whole row with one scale, straight from its codes.
+template <Number N, int Bits, bool Real>
+KVFOLD_INLINE void decode_planes(const uint8_t* bytes, int64_t plane, Vec scale, Vec zero, uint8_t* to) {
+    constexpr int kMask = (1 << Bits) - 1;
+    for (int64_t i = 0; i < plane; i += kLanes) {
+        const int64_t at = i + kLanes <= plane ? i : plane - kLanes;
+        const IntVec wide = widen_bytes(bytes + at);
+        for (int p = 0; p < 8 / Bits; ++p) {
+            const Vec code = __builtin_convertvector((wide >> (p * Bits)) & kMask, Vec);
+            write<N, Real>(to + (p * plane + at) * kSize<N>, fused(code, scale, zero));
+        }
+    }
+}
+
+template <Number N, int Bits>
+void decode_plain_rows(const StoredSide& side, const Run& run) {
+    const int64_t plane = side.row_bytes;
+    for (int64_t t = 0; t < run.count; ++t) {
+        const auto pair = load_as<uint32_t>(run.from_meta + t * side.meta_bytes);
+        const Vec scale = splat(__builtin_bit_cast(float, pair << 16));
+        const Vec zero = splat(__builtin_bit_cast(float, pair & 0xFFFF0000U));
+        const uint8_t* bytes = run.from + t * run.from_stride;
+        uint8_t* to = run.to + t * run.to_stride;
+        // A scale that is infinite or NaN, or a zero, makes NaN; nothing else does.
+        if ((pair & 0x7F80U) != 0x7F80U && (pair & 0x7F800000U) != 0x7F800000U) {
+            decode_planes<N, Bits, true>(bytes, plane, scale, zero, to);
+        } else {
+            decode_planes<N, Bits, false>(bytes, plane, scale, zero, to);
+        }
+    }
+}
+
 template <Number N>
 KVFOLD_INLINE void scale_channels(const StoredSide& side, const Scales& scales, float* codes, uint8_t* to) {
     for (int64_t d = 0; d < side.dim; d += kLanes) {
@@ -271,6 +303,15 @@ void decode_rows(const StoredSide& side, const Run& run, int64_t first, int64_t 
 
 template <Number N>
 void decode_to(const StoredSide& side, bool turned, const Run& run, const Scratch& s) {
+    if (!turned && side.code == Code::token && side.groups == 1 && side.dim == side.stored_dim &&
+        side.row_bytes >= kLanes) {
+        switch (side.bands[0].bits) {
+            case 8: decode_plain_rows<N, 8>(side, run); break;
+            case 4: decode_plain_rows<N, 4>(side, run); break;
+            default: decode_plain_rows<N, 2>(side, run); break;
+        }
+        return;
+    }
     for (int64_t first = 0; first < run.count; first += kRows) {
         const int64_t count = run.count - first < kRows ? run.count - first : kRows;
         uint8_t* const to = run.to + first * run.to_stride;

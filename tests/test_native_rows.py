@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvfold.codecs import affine, channels
 from kvfold.codecs.calibrated import CalibratedBasis
-from kvfold.codecs.pages import PageStore, seal, unseal
+from kvfold.codecs.pages import PageStore, copy_blocks, seal, unseal, zero_blocks
 from kvfold.formats import BandFormat, PageFormat, VectorFormat
 from kvfold.kernels import cpu
 from kvfold.kernels.cpu.rows import row_variants
@@ -413,6 +413,21 @@ def test_rows_are_copied_with_their_scales(side: VectorFormat) -> None:
     assert twins.same_bits()
 
 
+def test_blocks_that_are_copied_onto_each_other_are_all_read_first() -> None:
+    arena = torch.randint(0, 256, (640,), generator=torch.Generator().manual_seed(0)).byte()
+    before = arena.clone()
+    copy_blocks(arena, torch.tensor([0, 128, 320]), torch.tensor([128, 64, 0]), 64)
+    assert torch.equal(arena[128:192], before[:64])
+    assert torch.equal(arena[64:128], before[128:192])
+    assert torch.equal(arena[:64], before[320:384])
+    assert torch.equal(arena[192:], before[192:])
+    for bad in (-64, 577, 1 << 62):
+        with pytest.raises(ValueError, match="outside of the arena"):
+            copy_blocks(arena, torch.tensor([0, 64]), torch.tensor([128, bad]), 64)
+        with pytest.raises(ValueError, match="outside of the arena"):
+            zero_blocks(arena, torch.tensor([bad]), 64)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_large_calls_on_any_threads_write_the_same_bits(threads: int) -> None:
     before = torch.get_num_threads()
@@ -501,6 +516,21 @@ def test_shapes_and_layers_that_do_not_fit_are_refused() -> None:
         store.read_k(twins.addr.int())
     with pytest.raises(ValueError, match="do not fit"):
         store.write_rows(twins.addr[:4], torch.zeros(3, dtype=torch.int64), k[:, 0], v[:, 0])
+
+
+def test_without_the_extension_torch_moves_the_same_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    side = coded(64, 4, rotation="none")
+    twins = Twins(VectorFormat.raw(64, 2), side)
+    twins.native.write_pages(twins.addr, *twins.rows(6, 8))
+    monkeypatch.setattr(cpu, "available", lambda: "not built")
+    store = PageStore(torch.full_like(twins.native.arena, 255), twins.fmt, twins.dtype)
+    assert store.native is None
+    assert row_variants() == ()
+    store.write_pages(twins.addr, *twins.rows(6, 8))
+    assert torch.equal(store.arena, twins.native.arena)
+    copy_blocks(store.arena, twins.addr[:1], twins.addr[1:2], 64)
+    zero_blocks(store.arena, twins.addr[:1], 64)
+    assert not store.arena[int(twins.addr[0]) :][:64].any()
 
 
 def test_an_arena_elsewhere_and_a_dtype_unknown_are_left_to_torch() -> None:
