@@ -3,10 +3,10 @@
     python benchmarks/write_path.py --json benchmarks/results/write_path.json
 
 Before anything is timed, what the extension writes must be what plain torch writes: the same codes but for a few that
-rounding tips over, and no error beyond that of the codec. Then every row is timed on one thread and on all, beside
-plain torch on as many threads and beside a copy of as many bytes, interleaved, best of ``--repeats``. ``gb_s`` counts
-keys and values as bfloat16, as they come in (or out); ``gb_s_core`` is that for each thread. At the end: what sealing
-adds to decode attention, and what a layer's write of a decode step costs.
+rounding tips over, and no error beyond that of the codec. Then every operation is timed on one thread and on all,
+beside plain torch on as many threads and beside a copy of as many bytes, interleaved: the best of ``--seconds`` of
+each. ``gb_s`` counts keys and values as bfloat16, as they come in (or out); ``gb_s_core`` is that for each thread. At
+the end: what sealing adds to decode attention, and what a layer's write of a decode step costs.
 """
 
 from __future__ import annotations
@@ -113,15 +113,20 @@ class Bench:
         }
 
 
-def best(repeats: int, *works: Callable[[], object], inner: int = 1) -> list[float]:
-    """The shortest time of each, interleaved: other work on the machine only ever adds."""
-    found = [float("inf")] * len(works)
-    for _ in range(repeats + 1):  # the first warms up
+def best(seconds: float, *works: Callable[[], object], inner: int = 1) -> list[float]:
+    """The shortest time of each, interleaved, over ``seconds`` of each: other work on the machine only ever adds."""
+    found, spent = [float("inf")] * len(works), [0.0] * len(works)
+    for work in works:
+        work()
+    while min(spent) < seconds:
         for i, work in enumerate(works):
-            begin = time.perf_counter()
-            for _ in range(inner):
-                work()
-            found[i] = min(found[i], (time.perf_counter() - begin) / inner)
+            if spent[i] < seconds:
+                begin = time.perf_counter()
+                for _ in range(inner):
+                    work()
+                took = time.perf_counter() - begin
+                spent[i] += took
+                found[i] = min(found[i], took / inner)
     return found
 
 
@@ -134,7 +139,7 @@ def rows_of(bench: Bench, bits: int, dim: int, options: argparse.Namespace) -> l
         for name, (native, plain) in bench.work().items():
             # A copy of the keys, twice, moves as many bytes of bfloat16 in, and as many out.
             spent, torch_s, copy_s = best(
-                options.repeats, native, plain, lambda: (target.copy_(bench.k), target.copy_(bench.v))
+                options.seconds, native, plain, lambda: (target.copy_(bench.k), target.copy_(bench.v))
             )
             rows.append(
                 {
@@ -154,7 +159,7 @@ def rows_of(bench: Bench, bits: int, dim: int, options: argparse.Namespace) -> l
     return rows
 
 
-def sealing(bits: int, context: int, repeats: int) -> dict[str, object]:
+def sealing(bits: int, context: int, seconds: float) -> dict[str, object]:
     """What sealing a layer's share of a block costs each of the steps that fill it, beside the attention of one such
     step over ``context`` packed tokens.
     """
@@ -167,7 +172,7 @@ def sealing(bits: int, context: int, repeats: int) -> dict[str, object]:
     )  # fmt: skip
     block, packed_block = bench.raw_addr[:HEADS].clone(), bench.packed_addr[:HEADS].clone()
     attend_s, seal_s = best(
-        repeats, lambda: cpu.attend(call), lambda: seal(bench.raw, block, bench.packed, packed_block), inner=10
+        seconds, lambda: cpu.attend(call), lambda: seal(bench.raw, block, bench.packed, packed_block), inner=10
     )
     return {
         "bits": bits,
@@ -179,7 +184,7 @@ def sealing(bits: int, context: int, repeats: int) -> dict[str, object]:
     }
 
 
-def layer_write(batch: int, repeats: int) -> dict[str, object]:
+def layer_write(batch: int, seconds: float) -> dict[str, object]:
     """A layer's write of a decode step: one raw row of each head and sequence, Python included."""
     fmt = PageFormat(BLOCK, VectorFormat.raw(64, 2), VectorFormat.raw(64, 2))
     block = LAYERS * HEADS * fmt.page_bytes
@@ -189,7 +194,7 @@ def layer_write(batch: int, repeats: int) -> dict[str, object]:
     runs = TokenRuns(table, batch, HEADS, fmt.page_bytes, arena.device)
     k, v = torch.randn(2, batch, HEADS, 64).bfloat16()
     native, plain = best(
-        repeats, lambda: store.write_runs(runs, k, v, 3), lambda: store.plain.write_runs(runs, k, v, 3), inner=200
+        seconds, lambda: store.write_runs(runs, k, v, 3), lambda: store.plain.write_runs(runs, k, v, 3), inner=200
     )
     return {"batch": batch, "head_dim": 64, "native_us": native * 1e6, "torch_us": plain * 1e6}
 
@@ -212,12 +217,12 @@ def main() -> None:
                 )
             rows += found
     torch.set_num_threads(before)
-    shares = [sealing(bits, context, options.repeats) for bits in (8, 4, 2) for context in (1024, 16384)]
+    shares = [sealing(bits, context, options.seconds) for bits in (8, 4, 2) for context in (1024, 16384)]
     for share in shares:
         print(
             f"sealing adds {share['seal_share']:.2%} to attention over {share['context']} tokens in int{share['bits']}"
         )
-    writes = [layer_write(batch, options.repeats) for batch in (1, 8, 64)]
+    writes = [layer_write(batch, options.seconds) for batch in (1, 8, 64)]
     for write in writes:
         print(f"a layer's write, batch {write['batch']}: {write['native_us']:.1f} us, torch {write['torch_us']:.1f} us")
     if options.json:
@@ -237,8 +242,8 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128])
-    parser.add_argument("--pages", type=int, default=2048, help="pages of keys and values that are moved")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--pages", type=int, default=1024, help="pages of keys and values that are moved")
+    parser.add_argument("--seconds", type=float, default=0.2, help="for each thing that is timed")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
