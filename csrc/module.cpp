@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "attend_pages.hpp"
+#include "bind_store.hpp"
 
 namespace nb = nanobind;
 
@@ -171,5 +172,9 @@ NB_MODULE(_native, m) {
           "A Layout; raises ValueError if a region lies outside of its page.");
     m.def("attend_pages", &attend_pages, "Attention over pages; see kvfold.kernels.cpu.attend.");
     m.def("variants", &variant_names, "Names of the builds of the kernel that this processor can run, best first.");
+<<<<<<< HEAD
     bind_threads(m);
+=======
+    bind_store(m);
+>>>>>>> write/write
 }

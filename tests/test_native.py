@@ -72,7 +72,7 @@ class Paged:
         """Float32 attention on what the pages hold, decoded in float32."""
         heads, pages = self.addr.shape[1:]
         addr = (self.addr[i] + self.shift).reshape(-1)
-        sides = (self.store._k, self.store._v)
+        sides = (self.store.plain.k, self.store.plain.v)
         wide = [
             s.read(addr, torch.float32 if s.fmt.quantized else self.store.dtype).view(-1, self.size, s.fmt.dim).float()
             for s in sides

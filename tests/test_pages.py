@@ -188,8 +188,9 @@ def test_decoded_pages_are_within_the_bound(case):
         if not fmt.quantized:
             assert torch.equal(found, x)
             continue
-        # Orthogonal: the norm of the error in the original basis is that in the stored one.
-        room = error_bound(x, fmt, store).norm(dim=-1) * 1.01 + 2.0**-8 * x.float().norm(dim=-1) + 2.0**-20
+        # Orthogonal: the norm of the error in the original basis is that in the stored one. Scale and zero of projected
+        # keys are both rounded to bfloat16, which tells in rows of two dims.
+        room = error_bound(x, fmt, store).norm(dim=-1) * 1.01 + 2.0**-6 * x.float().norm(dim=-1) + 2.0**-20
         assert bool(((found.float() - x.float()).norm(dim=-1) <= room).all())
 
 
@@ -385,11 +386,11 @@ def test_refusals():
     store = PageStore(arena, fmt, torch.bfloat16)
     rows = torch.zeros(1, 64, dtype=torch.bfloat16)
     outside = torch.tensor([arena.numel()])
-    with pytest.raises((IndexError, RuntimeError)):
+    with pytest.raises((IndexError, RuntimeError, ValueError)):
         store.write_rows(outside, torch.zeros(1, dtype=torch.int64), rows, rows)
-    with pytest.raises((IndexError, RuntimeError)):
+    with pytest.raises((IndexError, RuntimeError, ValueError)):
         store.read_k(outside)
-    with pytest.raises(RuntimeError):
+    with pytest.raises((RuntimeError, ValueError)):
         store.write_rows(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), rows.float(), rows)
 
 

@@ -20,6 +20,7 @@ from kvfold.codecs.calibrated import calibrated_bases
 from kvfold.codecs.pages import PageStore
 from kvfold.geometry import LayerGroup
 from kvfold.kernels.pages import HIDDEN
+from kvfold.kernels.runs import TokenRuns
 
 __all__ = [
     "Blocks",
@@ -206,49 +207,22 @@ def past_spans(group: GroupPages, pages: SequencePages, start: int) -> list[Past
 
 @dataclass(frozen=True, slots=True)
 class RowWrite:
-    """Where new tokens go in one store: ``addr [N, Hkv]`` pages in the group's first layer, ``slot [N, Hkv]``, and
-    which ``rows [N]`` of the step's tokens they are (None: all, in order).
-
-    Without ``slot``, whole pages: ``addr [N / S, Hkv]``.
-    """
+    """Where new tokens of a step go in one store."""
 
     store: PageStore
-    addr: Tensor
-    slot: Tensor | None
-    rows: Tensor | None
-    layer_bytes: int
+    runs: TokenRuns
 
     def __call__(self, layer_in_group: int, k: Tensor, v: Tensor) -> None:
         """Stores the step's keys ``[M, Hkv, Dk]`` and values ``[M, Hkv, Dv]`` of a layer, as far as they go here."""
-        if self.rows is not None:
-            k, v = k.index_select(0, self.rows), v.index_select(0, self.rows)
-        addr = (self.addr + layer_in_group * self.layer_bytes).reshape(-1)
-        if self.slot is None:
-            # [N, Hkv, D] -> [N / S * Hkv, S, D]
-            size = self.store.fmt.block_size
-            k, v = (x.unflatten(0, (-1, size)).transpose(1, 2).flatten(0, 1) for x in (k, v))
-            self.store.write_pages(addr, k, v, layer_in_group)
-            return
-        self.store.write_rows(addr, self.slot.reshape(-1), k.flatten(0, 1), v.flatten(0, 1), layer_in_group)
+        self.store.write_runs(self.runs, k, v, layer_in_group)
 
 
 def place_rows(pages: GroupPages, store: PageStore, offset: np.ndarray, runs: np.ndarray, total: int) -> RowWrite:
     """Runs of tokens in blocks at byte ``offset [n]``; ``runs [3, n]``: their token counts, first slots, and first rows
     among the ``total`` tokens of the step.
     """
-    count, slots, firsts = runs
-    whole = not store.fmt.movable
-    if whole and (slots.any() or (count != store.fmt.block_size).any()):
+    count, slots, _ = runs
+    if not store.fmt.movable and (slots.any() or (count != store.fmt.block_size).any()):
         raise RuntimeError(f"blocks with scales of channels would be written in part: {count} tokens at {slots}")
-    within = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
-    rows = np.repeat(firsts, count) + within
-    in_order = rows.size == total and bool((rows == np.arange(total)).all())
-    device = store.arena.device
-    slot = torch.from_numpy(np.repeat(slots, count) + within).to(device)
-    return RowWrite(
-        store=store,
-        addr=pages.addresses(store, (offset if whole else np.repeat(offset, count))[:, None])[..., 0],
-        slot=None if whole else slot[:, None].expand(-1, pages.kv_heads),
-        rows=None if in_order else torch.from_numpy(rows).to(device),
-        layer_bytes=pages.layer_bytes(store),
-    )
+    table = torch.from_numpy(np.column_stack((offset, runs.T)).astype(np.int64, order="C", copy=False))
+    return RowWrite(store, TokenRuns(table, total, pages.kv_heads, store.fmt.page_bytes, store.arena.device))

@@ -20,7 +20,7 @@ from torch import Tensor
 from kvfold.codecs.packing import pack_codes, unpack_codes
 from kvfold.formats import BandFormat
 
-__all__ = ["decode", "encode"]
+__all__ = ["decode", "encode", "stretch_tables"]
 
 _STEPS_PER_OCTAVE = 8
 _ROOM = 1.25  # how far beyond its band a number may lie and be clipped, instead of stretching its token
@@ -31,14 +31,13 @@ def encode(x: Tensor, fmt: BandFormat) -> tuple[Tensor, Tensor]:
     """Rows ``x [..., stored_dim]`` -> codes uint8 ``[..., code_bytes]`` and meta uint8 ``[..., 1]``."""
     rows = x.float()
     half = _halves(fmt, x.device)
+    limit, shrink, _ = stretch_tables(x.device)
     # The outermost code stands for everything up to half a step beyond it.
     excess = (rows.abs() / (half + 0.5)).amax(-1, keepdim=True) / _ROOM
-    octaves = (excess.log2() * _STEPS_PER_OCTAVE).ceil()
-    finite = octaves < _NOT_FINITE  # false for NaN too
-    meta = torch.where(finite, octaves, float(_NOT_FINITE)).clamp_min_(0)
+    meta = torch.bucketize(excess, limit[:_NOT_FINITE])  # the first that takes it; NaN goes behind them all
     # Adding 1/2 and truncating rounds; the clamp takes off what float32 rounds beyond the last code.
-    codes = (rows * torch.exp2(-meta / _STEPS_PER_OCTAVE) + half).add_(0.5).clamp_min_(0)
-    codes = torch.minimum(codes, 2 * half).masked_fill_(~finite, 0).to(torch.uint8)
+    codes = (rows * shrink[meta] + half).add_(0.5).clamp_min_(0)
+    codes = torch.minimum(codes, 2 * half).masked_fill_(meta == _NOT_FINITE, 0).to(torch.uint8)
     parts = codes.split([dims for _, dims in fmt.bands], dim=-1)
     packed = [pack_codes(part, bits) for part, (bits, _) in zip(parts, fmt.bands, strict=True)]
     return torch.cat(packed, dim=-1), meta.to(torch.uint8)
@@ -55,9 +54,21 @@ def decode(codes: Tensor, meta: Tensor, fmt: BandFormat, dtype: torch.dtype) -> 
     # Codes less their middle are half-integers below 128: exact in every dtype.
     out -= _halves(fmt, codes.device).to(dtype)
     if bool(meta.any()):
-        stretch = torch.exp2(meta.float() / _STEPS_PER_OCTAVE).masked_fill_(meta == _NOT_FINITE, float("nan"))
-        out *= stretch.to(dtype)
+        out *= stretch_tables(codes.device)[2][meta.long()].to(dtype)
     return out
+
+
+@lru_cache(maxsize=8)
+def stretch_tables(device: torch.device) -> Tensor:
+    """``[3, 256]`` float32, by the byte of meta: the largest excess it takes, what rows are multiplied by, and what
+    decoded ones are. Tables, because logarithms and powers are rounded differently from device to device.
+    """
+    exact = torch.exp2(torch.arange(256, dtype=torch.float64) / _STEPS_PER_OCTAVE)
+    stretch = exact.float()
+    limit = torch.where(stretch > exact, stretch.nextafter(torch.zeros(())), stretch)
+    shrink = exact.reciprocal().float()
+    stretch[_NOT_FINITE] = float("nan")
+    return torch.stack((limit, shrink, stretch)).to(device)
 
 
 @lru_cache(maxsize=64)

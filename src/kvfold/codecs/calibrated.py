@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvfold.calibration import Calibration, Side
 from kvfold.formats import BandFormat, PageFormat
+from kvfold.kernels.cpu.rows import Turn
 
 __all__ = ["CalibratedBasis", "calibrated_bases"]
 
@@ -34,6 +35,15 @@ class CalibratedBasis:
         self._encode = encode
         self._decode = decode
         self._mean = mean if bool(mean.any()) else None
+
+    @property
+    def turn(self) -> Turn:
+        """See `Basis`."""
+        return Turn(
+            encode=self._encode.flatten(0, 1),
+            decode=self._decode.flatten(0, 1),
+            mean=None if self._mean is None else self._mean.flatten(0, 1),
+        )
 
     def store(self, x: Tensor, layer: int | None) -> Tensor:
         """See `Basis`."""

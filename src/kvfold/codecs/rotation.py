@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvfold.formats import VectorFormat
+from kvfold.kernels.cpu.rows import Turn
 
 
 def hadamard_block(dim: int) -> int:
@@ -42,6 +43,11 @@ class Basis(Protocol):
     @property
     def is_identity(self) -> bool:
         """Whether stored vectors are the model's own."""
+        ...
+
+    @property
+    def turn(self) -> Turn:
+        """What `store` and `restore` do, for kernels that do it themselves."""
         ...
 
     def store(self, x: Tensor, layer: int | None) -> Tensor:
@@ -80,6 +86,11 @@ class Rotation:
         wanted = fmt.quantized and fmt.rotation == "hadamard"
         self.is_identity = not wanted or hadamard_block(fmt.dim) == 1
         self._matrices: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    @property
+    def turn(self) -> Turn:
+        """See `Basis`."""
+        return Turn() if self.is_identity else Turn(block=hadamard_block(self.dim))
 
     def matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The orthogonal matrix ``[dim, dim]``; rows are rotated by ``x @ matrix``."""
