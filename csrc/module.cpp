@@ -172,9 +172,6 @@ NB_MODULE(_native, m) {
           "A Layout; raises ValueError if a region lies outside of its page.");
     m.def("attend_pages", &attend_pages, "Attention over pages; see kvfold.kernels.cpu.attend.");
     m.def("variants", &variant_names, "Names of the builds of the kernel that this processor can run, best first.");
-<<<<<<< HEAD
-    bind_threads(m);
-=======
     bind_store(m);
->>>>>>> write/write
+    bind_threads(m);
 }
