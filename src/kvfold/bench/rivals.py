@@ -1,0 +1,75 @@
+"""Decode attention as it is done without kvfold: three ways, each on dense bfloat16 keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from kvfold.bench.pages import AttentionShape, Drawn, layers_for
+
+__all__ = ["STOCK", "DenseCache", "Rival", "rivals"]
+
+STOCK = "sdpa (transformers)"
+
+
+class DenseCache:
+    """Keys and values ``[layers, B, Hkv, S, D]`` in bfloat16, as transformers' dynamic cache holds them."""
+
+    def __init__(self, shape: AttentionShape, drawn: Drawn) -> None:
+        self.shape = shape
+        self.layers = layers_for(shape.bf16_bytes, drawn.k.device)
+        self.q = drawn.q.to(torch.bfloat16)
+        self.k, self.v = (
+            x.to(torch.bfloat16).expand(self.layers, shape.batch, *x.shape).contiguous() for x in (drawn.k, drawn.v)
+        )
+        self.scale = float(shape.head_dim**-0.5)
+        self.module = cast("nn.Module", SimpleNamespace(num_key_value_groups=shape.group, is_causal=True))
+
+
+class Rival:
+    """One way to attend over a `DenseCache`: layer -> ``[B, Hq, D]``, bfloat16."""
+
+    def __init__(self, name: str, cache: DenseCache, way: Callable[[DenseCache, Tensor, Tensor], Tensor]) -> None:
+        self.name = name
+        self.cache = cache
+        self.layers = cache.layers
+        self.bytes_read = cache.shape.bf16_bytes
+        self.variant = f"torch {torch.__version__}"
+        self._way = way
+
+    def __call__(self, layer: int) -> Tensor:
+        """A layer's attention."""
+        return self._way(self.cache, self.cache.k[layer], self.cache.v[layer])
+
+
+def rivals(cache: DenseCache) -> list[Rival]:
+    """All of them, on the same memory."""
+    ways = {STOCK: _stock, "sdpa packed": _packed_sdpa, "matmul packed": _packed_matmul}
+    return [Rival(name, cache, way) for name, way in ways.items()]
+
+
+def _stock(cache: DenseCache, k: Tensor, v: Tensor) -> Tensor:
+    """The function that transformers' models call, with the arguments of a decode step (no mask)."""
+    out: Any = sdpa_attention_forward(cache.module, cache.q[:, :, None], k, v, None, scaling=cache.scale)
+    found: Tensor = out[0][:, 0]
+    return found
+
+
+def _packed_sdpa(cache: DenseCache, k: Tensor, v: Tensor) -> Tensor:
+    """The query heads of a KV head as rows, so that nothing is repeated."""
+    q = cache.q.unflatten(1, (cache.shape.kv_heads, -1))
+    return scaled_dot_product_attention(q, k, v, scale=cache.scale).flatten(1, 2)
+
+
+def _packed_matmul(cache: DenseCache, k: Tensor, v: Tensor) -> Tensor:
+    """Matmul, softmax in float32, matmul, on the same rows."""
+    q = cache.q.unflatten(1, (cache.shape.kv_heads, -1))
+    weights = ((q @ k.mT) * cache.scale).float().softmax(-1).to(v.dtype)
+    found: Tensor = (weights @ v).flatten(1, 2)
+    return found
