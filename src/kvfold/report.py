@@ -118,7 +118,7 @@ def attention_report(console: Console, rows: Sequence[AttentionRow]) -> None:
     first = rows[0]
     title = f"Decode attention, {first.batch} x {first.context:,} tokens, {_heads(first)}"
     versus = ("vs best", "vs stock", "vs limit")
-    table = _table(title, ("", "ms", "MB", "GB/s", "of stream", *versus, "rel. error"))
+    table = _table(title, ("", "ms", "MB", "GB/s", "of stream", *versus, "error"))
     for row in rows:
         times = (row.vs_best_bf16, row.vs_stock_sdpa, row.vs_bf16_limit)
         table.add_row(
@@ -135,9 +135,9 @@ def attention_report(console: Console, rows: Sequence[AttentionRow]) -> None:
     console.print(
         f"of stream: of a plain read, {first.stream_gb_s:.1f} GB/s in this run. {first.variant}, "
         f"{first.threads} threads.\n"
-        "vs best, vs stock: times faster than the best rival, and than SDPA as transformers\n"
-        "calls it, in bfloat16. vs limit: than bfloat16 keys and values can be read at all.\n"
-        "rel. error: worst row of the output, against float32 on the same codes.",
+        "vs best, vs stock: times faster than the best rival, and than SDPA as trans-\n"
+        "formers calls it, in bfloat16. vs limit: than bfloat16 can be read at all.\n"
+        "error: of the worst row, relative, against float32 on the same codes.",
         style="dim",
     )
 

@@ -121,6 +121,11 @@ class PagedCodes:
         """Which implementation runs; of the native one, which build."""
         return f"native {cpu.variants()[0]}" if self._chosen.name == "native" else self._chosen.name
 
+    @property
+    def unpacks(self) -> bool:
+        """Whether nothing reads these codes as they are: they are unpacked by torch, to the dtype of the store."""
+        return self._chosen.name == "unpack"
+
     def __call__(self, layer: int) -> Tensor:
         """What a layer of a model waits for: from its queries to its outputs, rotations in and out included."""
         o = self.attend(layer)[0].flatten(1, 2)

@@ -15,7 +15,7 @@ from kvfold.bench.pages import AttentionShape, Drawn, layers_for
 
 __all__ = ["STOCK", "DenseCache", "Rival", "rivals"]
 
-STOCK = "sdpa (transformers)"
+STOCK = "stock sdpa"
 
 
 class DenseCache:
@@ -50,7 +50,7 @@ class Rival:
 
 def rivals(cache: DenseCache) -> list[Rival]:
     """All of them, on the same memory."""
-    ways = {STOCK: _stock, "sdpa packed": _packed_sdpa, "matmul packed": _packed_matmul}
+    ways = {STOCK: _stock, "packed sdpa": _packed_sdpa, "packed matmul": _packed_matmul}
     return [Rival(name, cache, way) for name, way in ways.items()]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -110,14 +110,12 @@ def bench_attention_command(
     shape = AttentionShape(context=context, batch=batch, head_dim=head_dim, group=group, kv_heads=kv_heads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings: dict[str, Any] = {"dtype": _dtype(dtype), "repeats": repeats, "seconds": seconds, "seed": seed}
-    rows: Sequence[Any]
+    bench: Callable[..., Sequence[Any]] = bench_prefix if shared_prefix else bench_attention
+    report: Callable[..., None] = prefix_report if shared_prefix else attention_report
     with counted_progress(len(chosen) + 1 + repeats) as say:
-        if shared_prefix:
-            rows = bench_prefix(shape, recipes=chosen, device=device, say=say, **settings)
-        else:
-            rows = bench_attention(shape, recipes=chosen, device=device, say=say, **settings)
+        rows = bench(shape, recipes=chosen, device=device, say=say, **settings)
     if json_file != "-":
-        (prefix_report if shared_prefix else attention_report)(Console(), rows)
+        report(Console(), rows)
     _write(json_file, rows, device)
 
 
