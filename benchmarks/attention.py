@@ -2,8 +2,8 @@
 
     python benchmarks/attention.py --json benchmarks/results/attention.json --picture docs/attention-roofline.png
 
-Every cell is what `kvfold bench attention` measures, its correctness gate included; the last rows are a shared prefix
-walked once and for each sequence (`--shared-prefix`). A picture can be drawn again from a result: ``--draw FILE``.
+Every cell is what `kvfold bench attention` measures, its correctness gate included. After the grid come latent pages, and
+a shared prefix walked once and for each sequence (`--shared-prefix`). A picture can be drawn again from a result: ``--draw FILE``.
 """
 
 from __future__ import annotations
@@ -49,16 +49,18 @@ def main() -> None:
         if options.json:
             options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if options.picture:
-        options.picture.write_bytes(roofline(result["rows"]))
+        options.picture.write_bytes(roofline([row for row in result["rows"] if not row["rope"]]))
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     console = Console()
     recipes = parse_recipe_list(options.recipes)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    grid = itertools.product(options.head_dims, options.batches, options.contexts)
+    shapes = [AttentionShape(head_dim=dim, batch=batch, context=context) for dim, batch, context in grid]
+    shapes.append(AttentionShape(head_dim=512, rope=64, kv_heads=1, group=16, context=max(options.contexts)))
     rows = []
-    for dim, batch, context in itertools.product(options.head_dims, options.batches, options.contexts):
-        shape = AttentionShape(head_dim=dim, batch=batch, context=context)
+    for shape in shapes:
         found = bench_attention(shape, recipes=recipes, device=device, repeats=options.repeats, seconds=options.seconds)
         attention_report(console, found)
         rows += found

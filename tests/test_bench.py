@@ -70,6 +70,20 @@ def test_every_recipe_and_rival_has_a_whole_row(dtype: torch.dtype) -> None:
     assert next(row for row in rows if row.recipe == rivals.STOCK).vs_stock_sdpa == pytest.approx(1.0)
 
 
+def test_latent_pages_have_one_wide_key() -> None:
+    shape = AttentionShape(context=70, batch=2, head_dim=64, rope=16, group=8, kv_heads=1)
+    rows = bench_attention(shape, recipes=["raw", "int4"], device=CPU, repeats=1)
+    assert [row.rope for row in rows] == [16] * 5
+    assert rows[0].bytes_read == 2 * 96 * (64 + 16) * 2
+    assert rows[-1].bytes_read == 2 * 70 * (64 + 16) * 2
+    assert rows[0].flops == 2 * 2 * 8 * 70 * (64 + 16 + 64)
+    assert bench_prefix(shape, recipes=["int4"], device=CPU, repeats=1)[0].rope == 16
+    with pytest.raises(RequestError, match="one KV head"):
+        AttentionShape(rope=64)
+    with pytest.raises(UnsupportedError, match="latents"):
+        bench_attention(shape, recipes=[f"int4:calibrated({BUNDLED})"], device=CPU)
+
+
 def test_bytes_read_are_codes_and_scales_of_whole_blocks() -> None:
     pages_read = SMALL.batch * SMALL.kv_heads * 7  # 200 tokens in blocks of 32
     assert codes_of("raw").bytes_read == pages_read * 32 * 2 * 64 * 2

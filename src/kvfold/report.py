@@ -156,7 +156,8 @@ def prefix_report(console: Console, rows: Sequence[PrefixRow]) -> None:
 
 
 def _heads(row: AttentionRow | PrefixRow) -> str:
-    return f"{row.kv_heads} KV heads of {row.head_dim}, {row.group} queries each"
+    kind = f"latents of {row.head_dim} + {row.rope}" if row.rope else f"{row.kv_heads} KV heads of {row.head_dim}"
+    return f"{kind}, {row.group} queries each"
 
 
 def eval_report(console: Console, evaluation: Evaluation) -> None:

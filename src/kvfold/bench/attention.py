@@ -48,16 +48,19 @@ class Contestant(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AttentionRow:
-    """One contestant. ``seconds``: median of one layer's attention. ``stream_gb_s``: median of the reads of a large
-    buffer right before its sweeps. The ``vs`` say how many times faster it is: than the fastest rival and than stock
-    SDPA, both in bfloat16, than any kernel that reads bfloat16 at stream speed could be, and than ``raw`` (None
-    without it). ``max_abs_err``, ``rel_err``: of the outputs, against float32 on the same codes; ``lse_err``: of the
-    log-sum-exp, relative (None for rivals, which have none). ``samples``: sweeps, each over ``layers`` layers.
+    """One contestant. ``rope``: of latent pages, else 0. ``seconds``: median of one layer's attention. ``stream_gb_s``:
+    median of the reads of a large buffer right before its sweeps.
+
+    The ``vs`` say how many times faster it is: than the fastest rival and than stock SDPA, both in bfloat16, than any
+    kernel that reads bfloat16 at stream speed could be, and than ``raw`` (None without it). ``max_abs_err``,
+    ``rel_err``: of the outputs, against float32 on the same codes; ``lse_err``: of the log-sum-exp, relative (None for
+    rivals, which have none). ``samples``: sweeps, each over ``layers`` layers.
     """
 
     recipe: str
     rival: bool
     head_dim: int
+    rope: int
     group: int
     kv_heads: int
     context: int
@@ -222,6 +225,7 @@ def _rows(
                 recipe=name,
                 rival=isinstance(contestant, Rival),
                 head_dim=shape.head_dim,
+                rope=shape.rope,
                 group=shape.group,
                 kv_heads=shape.kv_heads,
                 context=shape.context,

@@ -124,7 +124,7 @@ class _Paged:
         self.model = model
         self.recipe = recipe
         self.seal_every = recipe.block_size
-        self.runner = ModelRunner(model, recipe=recipe, kv_memory=int(budget * 1.25) + (64 << 20), check=False)
+        self.runner = ModelRunner(model, recipe=recipe, kv_memory=int(budget * 1.05) + (64 << 20), check=False)
         self.sequences = [self.runner.create() for _ in range(batch)]
 
     def fill(self, chunk: Chunk) -> None:

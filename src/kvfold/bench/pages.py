@@ -37,33 +37,56 @@ _SHARPEST = 4.0  # standard deviation of the scores in the last row of a group; 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionShape:
-    """One layer's decode attention: ``batch`` sequences of ``context`` tokens, ``group`` query heads a KV head."""
+    """One layer's decode attention: ``batch`` sequences of ``context`` tokens, ``group`` query heads a KV head.
+
+    With ``rope`` the pages are latent: one key of ``head_dim + rope`` dims for all heads, its first part the value.
+    """
 
     context: int = 32768
     batch: int = 1
     head_dim: int = 128
     group: int = 4
     kv_heads: int = 8
+    rope: int = 0
 
     def __post_init__(self) -> None:
         for name in ("context", "batch", "head_dim", "group", "kv_heads"):
             if getattr(self, name) < 1:
                 raise RequestError(f"{name}={getattr(self, name)}", why="it must be at least 1")
+        if self.rope < 0 or (self.rope and self.kv_heads > 1):
+            raise RequestError(f"rope={self.rope}", why="latent pages have one KV head", hint="set --kv-heads 1")
+
+    @property
+    def query_dim(self) -> int:
+        """Dims of a query, and of the keys it meets."""
+        return self.head_dim + self.rope
+
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied by."""
+        return float(self.query_dim**-0.5)
+
+    @property
+    def stored_dims(self) -> tuple[int, int]:
+        """What is stored of a token: dims of a key and of a value, or of a latent and its rotary key."""
+        return self.head_dim, self.rope or self.head_dim
 
     @property
     def bf16_bytes(self) -> int:
         """What any kernel has to read that keeps keys and values in bfloat16."""
-        return 2 * self.batch * self.kv_heads * self.context * self.head_dim * 2
+        return 2 * self.batch * self.kv_heads * self.context * sum(self.stored_dims)
 
     @property
     def flops(self) -> int:
         """Multiplications and additions of the two products."""
-        return 4 * self.batch * self.kv_heads * self.group * self.context * self.head_dim
+        return 2 * self.batch * self.kv_heads * self.group * self.context * (self.query_dim + self.head_dim)
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """What every contestant attends with and over: ``q [B, Hq, D]``, one sequence's ``k, v [Hkv, S, D]``."""
+    """What every contestant attends with and over: ``q [B, Hq, D]``, one sequence's ``k, v [Hkv, S, D]`` (latent:
+    its latents and rotary keys).
+    """
 
     q: Tensor
     k: Tensor
@@ -74,9 +97,9 @@ def draw(shape: AttentionShape, device: torch.device, dtype: torch.dtype, seed: 
     """Random keys and values, and queries whose heads range from flat to sharp attention."""
     generator = torch.Generator(device).manual_seed(seed)
     normal = partial(torch.randn, generator=generator, device=device)
-    k, v = (normal(shape.kv_heads, shape.context, shape.head_dim).to(dtype) for _ in range(2))
+    k, v = (normal(shape.kv_heads, shape.context, dim).to(dtype) for dim in shape.stored_dims)
     sharp = torch.linspace(1.0, _SHARPEST, shape.group, device=device)[:, None]
-    q = normal(shape.batch, shape.kv_heads, shape.group, shape.head_dim) * sharp
+    q = normal(shape.batch, shape.kv_heads, shape.group, shape.query_dim) * sharp
     return Drawn(q.flatten(1, 2).to(dtype), k, v)
 
 
@@ -109,7 +132,6 @@ class PagedCodes:
         self.store = PageStore(arena, fmt, dtype, bases=bases, heads=shape.kv_heads, layers=self.layers)
         self._fill(drawn, table)
         self.q = drawn.q
-        self._scale = float(shape.head_dim**-0.5)
         self._bias: Tensor | None = None
         if hidden := pages * fmt.block_size - shape.context:
             self._bias = torch.zeros(shape.batch, pages * fmt.block_size, device=device)
@@ -129,7 +151,8 @@ class PagedCodes:
     def __call__(self, layer: int) -> Tensor:
         """What a layer of a model waits for: from its queries to its outputs, rotations in and out included."""
         o = self.attend(layer)[0].flatten(1, 2)
-        return self.store.v_basis.output(o, 0).to(self.q.dtype)
+        basis = self.store.k_basis if self.shape.rope else self.store.v_basis
+        return basis.output(o, 0).to(self.q.dtype)
 
     def attend(self, layer: int) -> Piece:
         """``o [B, Hkv, G, D']`` in the basis of the stored values, and ``lse [B, Hkv, G]``."""
@@ -137,8 +160,8 @@ class PagedCodes:
 
     def run(self, call: PagesCall) -> Piece:
         """A call over these pages, by the chosen implementation."""
-        piece: Piece = self._chosen.run(call)
-        return piece
+        o, lse = self._chosen.run(call)
+        return (o[..., : self.shape.head_dim], lse) if call.latent else (o, lse)
 
     def call(self, layer: int, rows: Tensor, addr: Tensor | None = None) -> PagesCall:
         """The call with query ``rows [n, Hkv, R, D']`` over a layer of the pages ``addr [n, Hkv, P]`` (None: of all
@@ -152,14 +175,19 @@ class PagedCodes:
             shift=layer * self._layer_bytes,
             fmt=self.store.fmt,
             dtype=self.store.read_dtype,
-            scale=self._scale,
+            scale=self.shape.scale,
             read=partial(self._read, addr, layer),
             bias=None if self._bias is None else self._bias[:1].expand(addr.shape[0], -1),
+            latent=bool(self.shape.rope),
         )
 
     def rows(self, q: Tensor) -> Tensor:
         """``q [n, Hq, D]`` as rows ``[n, Hkv, G, D']`` in the basis of the stored keys."""
-        rows: Tensor = self.store.k_basis.query(q.float(), 0).unflatten(1, (self.shape.kv_heads, -1))
+        head, tail = q.float().split((self.shape.head_dim, self.shape.rope), dim=-1)
+        wide = self.store.k_basis.query(head, 0)
+        if self.shape.rope:
+            wide = torch.cat((wide, self.store.v_basis.query(tail, 0)), dim=-1)
+        rows: Tensor = wide.unflatten(1, (self.shape.kv_heads, -1))
         return rows
 
     def truth(self) -> Piece:
@@ -170,16 +198,20 @@ class PagedCodes:
         places = torch.arange(shape.context, device=k.device)
         o, lse = attend(
             rows.flatten(1, 2), k, v, q_pos=places[:1].expand(shape.batch), k_pos=places,
-            scale=self._scale, causal=False,
+            scale=shape.scale, causal=False,
         )  # fmt: skip
         return o.view(*rows.shape[:-1], -1), lse.view(rows.shape[:-1])
 
     def _read(self, addr: Tensor, layer: int, pages: slice) -> tuple[Tensor, Tensor]:
         part = addr[..., pages] + layer * self._layer_bytes
-        return self.store.read_k(part), self.store.read_v(part)
+        k, v = self.store.read_k(part), self.store.read_v(part)
+        if not self.shape.rope:
+            return k, v
+        wide = torch.cat((k, v), dim=-1)
+        return wide, wide
 
     def _decoded(self) -> tuple[Tensor, Tensor]:
-        """The first sequence's keys and values ``[Hkv, S, D']`` as stored, in float32."""
+        """The first sequence's keys and values ``[Hkv, S, D']`` in float32, in the stored basis."""
         store, fmt = self.store, self.store.fmt
         exact = store
         if store.read_dtype != torch.float32 and isinstance(fmt.k, VectorFormat) and isinstance(fmt.v, VectorFormat):
@@ -189,7 +221,8 @@ class PagedCodes:
         addr = self.addr[0]
         k = (exact if fmt.k.quantized else store).read_k(addr)
         v = (exact if fmt.v.quantized else store).read_v(addr)
-        return k.float(), v.float()
+        k, v = k.float(), v.float()
+        return (torch.cat((k, v), dim=-1), k) if self.shape.rope else (k, v)
 
     def _fill(self, drawn: Drawn, table: Tensor) -> None:
         size = self.store.fmt.block_size
@@ -209,11 +242,14 @@ class PagedCodes:
 
 def _page_format(recipe: Recipe, shape: AttentionShape, dtype: torch.dtype) -> PageFormat:
     if recipe.calibration is None:
-        k = recipe.packed_format(shape.head_dim, recipe.k_bits, dtype.itemsize, recipe.scales)
-        return PageFormat(recipe.block_size, k, recipe.packed_format(shape.head_dim, recipe.v_bits, dtype.itemsize))
+        k_dim, v_dim = shape.stored_dims
+        k = recipe.packed_format(k_dim, recipe.k_bits, dtype.itemsize, recipe.scales)
+        return PageFormat(recipe.block_size, k, recipe.packed_format(v_dim, recipe.v_bits, dtype.itemsize))
     if not recipe.calibration:
         hint = "name the file: int2.5:calibrated(calibration.safetensors)"
         raise UnsupportedError(f"recipe {recipe}", why="there is no model whose calibration it could mean", hint=hint)
+    if shape.rope:
+        raise UnsupportedError(f"recipe {recipe}", why="latents have no calibrated code")
     calibration = Calibration.load(recipe.calibration)
     layer = calibration.layers[0]
     sides: tuple[Side, Side] = ("k", "v")

@@ -33,6 +33,7 @@ class PrefixRow:
 
     recipe: str
     head_dim: int
+    rope: int
     group: int
     kv_heads: int
     context: int
@@ -104,6 +105,7 @@ def bench_prefix(
             PrefixRow(
                 recipe=name,
                 head_dim=shape.head_dim,
+                rope=shape.rope,
                 group=shape.group,
                 kv_heads=shape.kv_heads,
                 context=shape.context,

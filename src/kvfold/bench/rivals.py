@@ -19,16 +19,20 @@ STOCK = "stock sdpa"
 
 
 class DenseCache:
-    """Keys and values ``[layers, B, Hkv, S, D]`` in bfloat16, as transformers' dynamic cache holds them."""
+    """Keys and values ``[layers, B, Hkv, S, D]`` in bfloat16, as transformers' dynamic cache holds them.
+
+    Latents are attended as they are: transformers would make keys and values of all of them again at every step.
+    """
 
     def __init__(self, shape: AttentionShape, drawn: Drawn) -> None:
         self.shape = shape
         self.layers = layers_for(shape.bf16_bytes, drawn.k.device)
         self.q = drawn.q.to(torch.bfloat16)
-        self.k, self.v = (
-            x.to(torch.bfloat16).expand(self.layers, shape.batch, *x.shape).contiguous() for x in (drawn.k, drawn.v)
-        )
-        self.scale = float(shape.head_dim**-0.5)
+        # Latents and rotary keys as one wide key, whose first dims are the values.
+        parts = (torch.cat((drawn.k, drawn.v), dim=-1),) if shape.rope else (drawn.k, drawn.v)
+        held = [x.to(torch.bfloat16).expand(self.layers, shape.batch, *x.shape).contiguous() for x in parts]
+        self.k, self.v = held[0], held[-1][..., : shape.head_dim]
+        self.scale = shape.scale
         self.module = cast("nn.Module", SimpleNamespace(num_key_value_groups=shape.group, is_causal=True))
 
 

@@ -25,7 +25,8 @@ DECODE_EXAMPLES = (
 ATTENTION_EXAMPLES = (
     "Examples:  kvfold bench attention   |   kvfold bench attention --context 4096 --batch 16 --head-dim 64   |   "
     "kvfold bench attention --recipes 'raw,k8v4,int4,scales=channel' --json attention.json   |   "
-    "kvfold bench attention --shared-prefix --context 8192 --batch 16"
+    "kvfold bench attention --shared-prefix --context 8192 --batch 16   |   "
+    "kvfold bench attention --kv-heads 1 --head-dim 512 --rope 64 --group 16"
 )
 
 RecipesOption = Annotated[str, typer.Option(help="Recipes, separated by ',' or ';'.")]
@@ -87,6 +88,9 @@ def bench_attention_command(
     head_dim: Annotated[int, typer.Option(min=1, help="Dims of a head.")] = 128,
     group: Annotated[int, typer.Option(min=1, help="Query heads to a KV head.")] = 4,
     kv_heads: Annotated[int, typer.Option(min=1, help="KV heads.")] = 8,
+    rope: Annotated[
+        int, typer.Option(min=0, help="Latent (MLA) pages: a key of head-dim + rope dims, its first part the value.")
+    ] = 0,
     dtype: DtypeOption = "bfloat16",
     repeats: Annotated[int, typer.Option(min=1, help="Rounds at most; the median counts.")] = 15,
     seconds: Annotated[float, typer.Option(min=0, help="For all rounds together; slow ones get fewer.")] = 30.0,
@@ -107,7 +111,7 @@ def bench_attention_command(
     from kvfold.report import attention_report, prefix_report
 
     chosen = parse_recipe_list(recipes)
-    shape = AttentionShape(context=context, batch=batch, head_dim=head_dim, group=group, kv_heads=kv_heads)
+    shape = AttentionShape(context=context, batch=batch, head_dim=head_dim, group=group, kv_heads=kv_heads, rope=rope)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings: dict[str, Any] = {"dtype": _dtype(dtype), "repeats": repeats, "seconds": seconds, "seed": seed}
     bench: Callable[..., Sequence[Any]] = bench_prefix if shared_prefix else bench_attention
