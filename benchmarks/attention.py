@@ -2,8 +2,8 @@
 
     python benchmarks/attention.py --json benchmarks/results/attention.json --picture docs/attention-roofline.png
 
-Every cell is what `kvfold bench attention` measures, its correctness gate included. After the grid come latent pages, and
-a shared prefix walked once and for each sequence (`--shared-prefix`). A picture can be drawn again from a result: ``--draw FILE``.
+Every cell is what `kvfold bench attention` measures, its correctness gate included. After the grid come latent pages,
+and a shared prefix walked once and for each sequence (`--shared-prefix`). ``--draw FILE`` draws a result again.
 """
 
 from __future__ import annotations
