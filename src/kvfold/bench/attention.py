@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kvfold.bench.pages import AttentionShape, PagedCodes, draw
+from kvfold.bench.pages import UNPACKS, AttentionShape, PagedCodes, draw
 from kvfold.bench.rivals import STOCK, DenseCache, Rival, rivals
 from kvfold.bench.stream import Stream, wait_for
 from kvfold.errors import KVFoldError, RequestError
@@ -173,7 +173,7 @@ def check(name: str, codes: PagedCodes, truth: Piece) -> _Error:
     """The correctness gate: the first and the last layer of ``codes`` against the ``truth``. KVFoldError above
     what is allowed: `GATE`, and more where codes are unpacked to the model's dtype first.
     """
-    allowed = _ROUNDED_GATE if codes.unpacks else GATE
+    allowed = _ROUNDED_GATE if codes.variant == UNPACKS else GATE
     want_o, want_lse = truth
     worst = _Error(0.0, 0.0, 0.0)
     for layer in sorted({0, codes.layers - 1}):

@@ -28,7 +28,10 @@ from kvfold.kernels.pages import HIDDEN, PagesCall
 from kvfold.kernels.reference import attend
 from kvfold.recipe import Recipe
 
-__all__ = ["AttentionShape", "Drawn", "PagedCodes", "draw", "layers_for"]
+__all__ = ["UNPACKS", "AttentionShape", "Drawn", "PagedCodes", "draw", "layers_for"]
+
+UNPACKS = "unpack"
+"""The variant that reads no codes as they are: torch unpacks them, to the dtype of the store."""
 
 _SWEEP_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 _MOST_LAYERS = 32
@@ -136,17 +139,17 @@ class PagedCodes:
         if hidden := pages * fmt.block_size - shape.context:
             self._bias = torch.zeros(shape.batch, pages * fmt.block_size, device=device)
             self._bias[:, -hidden:] = HIDDEN
-        self._chosen = full_registry().select("attend_pages", self.call(0, self.rows(self.q)))
+        self._registry = full_registry()
 
     @property
     def variant(self) -> str:
         """Which implementation runs; of the native one, which build."""
-        return f"native {cpu.variants()[0]}" if self._chosen.name == "native" else self._chosen.name
+        return self.variant_of(self.call(0, self.rows(self.q)))
 
-    @property
-    def unpacks(self) -> bool:
-        """Whether nothing reads these codes as they are: they are unpacked by torch, to the dtype of the store."""
-        return self._chosen.name == "unpack"
+    def variant_of(self, call: PagesCall) -> str:
+        """The same of another call over these pages."""
+        name = self._registry.select("attend_pages", call).name
+        return f"native {cpu.variants()[0]}" if name == "native" else name
 
     def __call__(self, layer: int) -> Tensor:
         """What a layer of a model waits for: from its queries to its outputs, rotations in and out included."""
@@ -159,8 +162,8 @@ class PagedCodes:
         return self.run(self.call(layer, self.rows(self.q)))
 
     def run(self, call: PagesCall) -> Piece:
-        """A call over these pages, by the chosen implementation."""
-        o, lse = self._chosen.run(call)
+        """A call over these pages, by the implementation that the registry chooses."""
+        o, lse = self._registry.select("attend_pages", call).run(call)
         return (o[..., : self.shape.head_dim], lse) if call.latent else (o, lse)
 
     def call(self, layer: int, rows: Tensor, addr: Tensor | None = None) -> PagesCall:
