@@ -110,6 +110,7 @@ def roofline(rows: Sequence[Row]) -> bytes:
 
 
 def _intensity(axes: Axes, rows: Sequence[Row], colors: dict[str, Any], dims: Sequence[int]) -> None:
+    """Heights are shares of the plain reads of a row's own turns: memory is not as fast at every moment."""
     roof = statistics.median(row["stream_gb_s"] for row in rows)
     axes.axhspan(roof, roof * 1.25, color=LIGHT["panel"])
     axes.axhline(roof, color=LIGHT["ink"], linewidth=1.6)
@@ -122,37 +123,24 @@ def _intensity(axes: Axes, rows: Sequence[Row], colors: dict[str, Any], dims: Se
         transform=axes.get_yaxis_transform(),
         va="bottom",
     )
-    for row in rows:
+    below = -1.0
+    for row in sorted(rows, key=lambda row: row["fraction_of_stream"]):
         wide = row["head_dim"] == dims[0]
         color = RIVAL if row["rival"] else colors[row["recipe"]]
-        x = row["flops"] / row["bytes_read"]
-        axes.plot(
-            x,
-            row["gb_s"],
-            marker="s" if row["rival"] else "o",
-            markersize=8,
-            linestyle="none",
-            markerfacecolor=color if wide else LIGHT["paper"],
-            markeredgecolor=color,
-            markeredgewidth=1.6,
-        )
-        if wide:
-            side, place = (-9, "right") if row["rival"] else (9, "left")
-            axes.annotate(
-                row["recipe"],
-                (x, row["gb_s"]),
-                xytext=(side, 0),
-                textcoords="offset points",
-                ha=place,
-                va="center",
-                fontsize=9,
-                color=color,
-            )
+        x, y = row["flops"] / row["bytes_read"], row["fraction_of_stream"] * roof
+        marker = "s" if row["rival"] else "o"
+        face = color if wide else LIGHT["paper"]
+        axes.plot(x, y, marker, markersize=8, markerfacecolor=face, markeredgecolor=color, markeredgewidth=1.6)
+        if wide and row["rival"]:
+            below = max(y, below + roof / 22)  # labels keep their distance
+            _label(axes, row["recipe"], (x, below), color, -9)
+        elif wide:
+            _label(axes, row["recipe"], (x, y), color, 9)
     axes.set_xscale("log", base=2)
     places = sorted({round(row["flops"] / row["bytes_read"]) for row in rows})
     low, high = min(places), max(places)
     axes.set_xlim(low / 4, high * 2.2)
-    axes.set_ylim(0, roof * 1.15)
+    axes.set_ylim(0, roof * max(1.15, 1.05 * max(row["fraction_of_stream"] for row in rows)))
     ticks = [2**n for n in range(12) if low / 4 < 2**n < high * 2.2]
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
@@ -181,24 +169,13 @@ def _against_limit(axes: Axes, rows: Sequence[Row], colors: dict[str, Any]) -> N
     axes.axhline(1, color=LIGHT["ink"], linewidth=1.6)
     contexts = sorted({row["context"] for row in rows})
     top = 1.12 * max(row["vs_bf16_limit"] for row in rows)
-    axes.text(
-        contexts[0], 1 + top / 100, "reading bfloat16 at stream speed", fontsize=9, va="bottom", color=LIGHT["ink"]
-    )
+    limit = "the limit: bfloat16 at stream speed"
+    axes.text(contexts[0], 1 + top / 100, limit, fontsize=9, va="bottom", color=LIGHT["ink"], path_effects=_halo())
     axes.set_ylim(0, max(top, 1.3))
     below = -1.0
     for value, name, color in sorted(ends):
         below = max(value, below + top / 22)  # labels keep their distance
-        axes.annotate(
-            name,
-            (contexts[-1], below),
-            xytext=(9, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-            color=color,
-            annotation_clip=False,
-            path_effects=_halo(),
-        )
+        _label(axes, name, (contexts[-1], below), color, 9)
     axes.set_xscale("log", base=2)
     axes.set_xlim(contexts[0] / 1.15, contexts[-1] * 2)
     axes.set_xticks(contexts, [f"{context // 1024}k" if context % 1024 == 0 else str(context) for context in contexts])
@@ -206,6 +183,13 @@ def _against_limit(axes: Axes, rows: Sequence[Row], colors: dict[str, Any]) -> N
     lines = "".join(f"   {mark} batch {batch}" for mark, batch in zip(("—", "- -", "···"), batches, strict=False))
     axes.set_xlabel("tokens in each sequence" + lines, fontsize=9.5, color=LIGHT["muted"])
     axes.set_ylabel("times faster than the limit", fontsize=9.5, color=LIGHT["muted"])
+
+
+def _label(axes: Axes, text: str, at: tuple[float, float], color: str, aside: float) -> None:
+    """``text``, so many points to the right (left, if negative) of a place."""
+    align = "left" if aside > 0 else "right"
+    axes.annotate(text, at, xytext=(aside, 0), textcoords="offset points", ha=align, va="center", fontsize=9,
+                  color=color, annotation_clip=False, path_effects=_halo())  # fmt: skip
 
 
 def _halo() -> list[Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.attention import roofline
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from kvfold.bench import attention, decode, pages, rivals
@@ -169,6 +170,14 @@ def test_a_cascade_that_differs_is_found(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(PagedCodes, "run", wrong)
     with pytest.raises(KVFoldError, match="log-sum-exp"):
         bench_prefix(SMALL, recipes=["raw"], device=CPU, repeats=1)
+
+
+def test_the_grid_is_drawn() -> None:
+    rows = []
+    for dim, context in ((32, 64), (32, 128), (64, 64), (64, 128)):
+        shape = AttentionShape(context=context, head_dim=dim, kv_heads=1)
+        rows += [row.as_json() for row in bench_attention(shape, recipes=["raw", "int4"], device=CPU, repeats=1)]
+    assert roofline(rows).startswith(b"\x89PNG")
 
 
 def test_the_stream_reads() -> None:

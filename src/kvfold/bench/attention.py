@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kvfold.bench.pages import UNPACKS, AttentionShape, PagedCodes, draw
+from kvfold.bench.pages import UNPACKS, AttentionShape, PagedCodes, draw, exact
 from kvfold.bench.rivals import STOCK, DenseCache, Rival, rivals
 from kvfold.bench.stream import Stream, wait_for
 from kvfold.errors import KVFoldError, RequestError
@@ -134,9 +134,10 @@ def bench_attention(
             errors[name] = check(name, codes, codes.truth())
             contestants[name] = codes
         say("filling and checking the rivals")
-        exact = PagedCodes(Recipe.parse("raw"), shape, draw(shape, device, torch.bfloat16, seed), layers=1).truth()[0]
-        for rival in rivals(DenseCache(shape, drawn)):
-            errors[rival.name] = _check_rival(rival, exact)
+        dense = DenseCache(shape, drawn)
+        want = exact(shape, dense.q.unflatten(1, (shape.kv_heads, -1)), dense.k[0, 0], dense.v[0, 0])[0]
+        for rival in rivals(dense):
+            errors[rival.name] = _check_rival(rival, want)
             contestants[rival.name] = rival
         measured = rounds(contestants, device, repeats=repeats, seconds=seconds, say=say)
     return _rows(shape, contestants, measured, errors)

@@ -28,7 +28,7 @@ from kvfold.kernels.pages import HIDDEN, PagesCall
 from kvfold.kernels.reference import attend
 from kvfold.recipe import Recipe
 
-__all__ = ["UNPACKS", "AttentionShape", "Drawn", "PagedCodes", "draw", "layers_for"]
+__all__ = ["UNPACKS", "AttentionShape", "Drawn", "PagedCodes", "draw", "exact", "layers_for"]
 
 UNPACKS = "unpack"
 """The variant that reads no codes as they are: torch unpacks them, to the dtype of the store."""
@@ -111,19 +111,29 @@ def layers_for(call_bytes: int, device: torch.device) -> int:
     return min(_MOST_LAYERS, max(1, ceil(_SWEEP_BYTES.get(device.type, _SWEEP_BYTES["cpu"]) / call_bytes)))
 
 
+def exact(shape: AttentionShape, rows: Tensor, k: Tensor, v: Tensor) -> Piece:
+    """The float32 reference: ``rows [B, Hkv, G, D]`` of every sequence over the one ``k, v [Hkv, S, D]``."""
+    places = torch.arange(shape.context, device=k.device)
+    o, lse = attend(
+        rows.flatten(1, 2), k.transpose(0, 1), v.transpose(0, 1), q_pos=places[:1].expand(shape.batch), k_pos=places,
+        scale=shape.scale, causal=False,
+    )  # fmt: skip
+    return o.view(*rows.shape[:-1], -1), lse.view(rows.shape[:-1])
+
+
 class PagedCodes:
     """Pages of one recipe, all of them packed, and the attention over them that the registry chooses.
 
     Sinks, the recent window and half-filled blocks belong to sequences: here every page is in the recipe's format.
     """
 
-    def __init__(self, recipe: Recipe, shape: AttentionShape, drawn: Drawn, layers: int = 0) -> None:
+    def __init__(self, recipe: Recipe, shape: AttentionShape, drawn: Drawn) -> None:
         device, dtype = drawn.k.device, drawn.k.dtype
         self.shape = shape
         fmt = _page_format(recipe, shape, dtype)
         pages = -(-shape.context // recipe.block_size)
         self.bytes_read = shape.batch * shape.kv_heads * pages * _read_bytes(fmt)
-        self.layers = layers or layers_for(self.bytes_read, device)
+        self.layers = layers_for(self.bytes_read, device)
         self._layer_bytes = shape.kv_heads * fmt.page_bytes
         block_bytes = self.layers * self._layer_bytes
         generator = torch.Generator().manual_seed(pages)
@@ -195,15 +205,7 @@ class PagedCodes:
 
     def truth(self) -> Piece:
         """`attend` by the float32 reference, on the same codes decoded in float32."""
-        shape = self.shape
-        k, v = (x[:, : shape.context].transpose(0, 1) for x in self._decoded())
-        rows = self.rows(self.q)
-        places = torch.arange(shape.context, device=k.device)
-        o, lse = attend(
-            rows.flatten(1, 2), k, v, q_pos=places[:1].expand(shape.batch), k_pos=places,
-            scale=shape.scale, causal=False,
-        )  # fmt: skip
-        return o.view(*rows.shape[:-1], -1), lse.view(rows.shape[:-1])
+        return exact(self.shape, self.rows(self.q), *(x[:, : self.shape.context] for x in self._decoded()))
 
     def _read(self, addr: Tensor, layer: int, pages: slice) -> tuple[Tensor, Tensor]:
         part = addr[..., pages] + layer * self._layer_bytes
@@ -216,14 +218,14 @@ class PagedCodes:
     def _decoded(self) -> tuple[Tensor, Tensor]:
         """The first sequence's keys and values ``[Hkv, S, D']`` in float32, in the stored basis."""
         store, fmt = self.store, self.store.fmt
-        exact = store
+        wide = store
         if store.read_dtype != torch.float32 and isinstance(fmt.k, VectorFormat) and isinstance(fmt.v, VectorFormat):
             # A store of float32 decodes codes in float32; raw bytes, of which it would make no sense, it leaves alone.
             sides = (side if side.quantized else VectorFormat.raw(side.code_bytes // 4, 4) for side in (fmt.k, fmt.v))
-            exact = PageStore(store.arena, PageFormat(fmt.block_size, *sides), torch.float32)
+            wide = PageStore(store.arena, PageFormat(fmt.block_size, *sides), torch.float32)
         addr = self.addr[0]
-        k = (exact if fmt.k.quantized else store).read_k(addr)
-        v = (exact if fmt.v.quantized else store).read_v(addr)
+        k = (wide if fmt.k.quantized else store).read_k(addr)
+        v = (wide if fmt.v.quantized else store).read_v(addr)
         k, v = k.float(), v.float()
         return (torch.cat((k, v), dim=-1), k) if self.shape.rope else (k, v)
 
