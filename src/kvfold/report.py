@@ -118,13 +118,12 @@ def attention_report(console: Console, rows: Sequence[AttentionRow]) -> None:
     first = rows[0]
     title = f"Decode attention, {first.batch} x {first.context:,} tokens, {_heads(first)}"
     versus = ("vs best", "vs stock", "vs limit")
-    table = _table(title, ("", "ms", "MB", "GB/s", "of stream", *versus, "error"))
+    table = _table(title, ("", "ms", "GB/s", "of stream", *versus, "error"))
     for row in rows:
         times = (row.vs_best_bf16, row.vs_stock_sdpa, row.vs_bf16_limit)
         table.add_row(
             row.recipe,
             f"{row.seconds * 1e3:.3f}",
-            f"{row.bytes_read / 1e6:.1f}",
             f"{row.gb_s:.1f}",
             f"{row.fraction_of_stream:.0%}",
             *(f"{factor:.2f}x" for factor in times),
