@@ -76,7 +76,7 @@ def case(k: Side, v: Side, *, rows: int = 4, pages: int = 5, latent: bool = Fals
     addr = torch.randperm(total + 2)[:total] * fmt.page_bytes
     store.write_pages(addr, torch.randn(total, size, k.dim) + 0.5, torch.randn(total, size, v.dim) + 0.5, 0)
     addr = addr.view(n, HEADS, pages)
-    keys, values = (side.read(addr, torch.float32) for side in (store._k, store._v))
+    keys, values = (side.read(addr, torch.float32) for side in (store.plain.k, store.plain.v))
     if latent:
         keys, values = torch.cat((keys, values), -1), keys
     call = PagesCall(
@@ -105,8 +105,10 @@ def test_channels_have_scales_of_their_own(variant: int, bits: int, dim: int, si
 @native
 @every_build
 @pytest.mark.parametrize(
-    "bands", [((8, 16), (4, 24), (2, 16)), ((4, 64),), ((2, 40),), ((8, 3), (4, 10), (2, 20)), ((8, 64), (2, 128))], ids=str
-)  # fmt: skip
+    "bands",
+    [((8, 16), (4, 24), (2, 16)), ((4, 64),), ((2, 40),), ((8, 3), (4, 10), (2, 20)), ((8, 64), (2, 128))],
+    ids=str,
+)
 def test_bands_of_calibrated_codes(variant: int, bands: tuple[tuple[int, int], ...]) -> None:
     dim = max(64, sum(dims for _, dims in bands))
     case(BandFormat(dim, bands), BandFormat(dim, bands[::-1] if len(bands) == 1 else bands)).check(variant)
@@ -159,4 +161,5 @@ def test_what_is_not_a_number_is_not_hidden(variant: int) -> None:
     call.q[0, 1, 2, 5] = float("nan")
     o, _ = cpu.attend(call, variant)
     assert o[0, 1, 2].isnan().all()
-    assert o[0, 1, [0, 1, 3]].isfinite().all() and o[1].isfinite().all()
+    assert o[0, 1, [0, 1, 3]].isfinite().all()
+    assert o[1].isfinite().all()

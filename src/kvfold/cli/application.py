@@ -30,7 +30,8 @@ app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command("calibrate", epilog=calibrate.EXAMPLES)(calibrate.calibrate_command)
 app.command(epilog=doctor.EXAMPLES)(doctor.doctor)
 app.add_typer(bench_app, name="bench")
-bench_app.command("decode", epilog=bench.EXAMPLES)(bench.bench_decode_command)
+bench_app.command("decode", epilog=bench.DECODE_EXAMPLES)(bench.bench_decode_command)
+bench_app.command("attention", epilog=bench.ATTENTION_EXAMPLES)(bench.bench_attention_command)
 
 
 def _version(asked: bool) -> None:

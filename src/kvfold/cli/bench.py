@@ -1,22 +1,36 @@
-"""``kvfold bench decode``."""
+"""``kvfold bench``: decode steps, and attention alone."""
 
 from __future__ import annotations
 
+import shlex
 import sys
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from kvfold.cli.options import JsonOption, counted_progress, parse_recipe_list, write_json
+from kvfold.cli.options import JsonOption, counted_progress, parse_names, parse_recipe_list, write_json
 from kvfold.errors import RequestError
 
-__all__ = ["EXAMPLES", "bench_decode_command"]
+if TYPE_CHECKING:
+    import torch
 
-EXAMPLES = (
+__all__ = ["ATTENTION_EXAMPLES", "DECODE_EXAMPLES", "bench_attention_command", "bench_decode_command"]
+
+DECODE_EXAMPLES = (
     "Examples:  kvfold bench decode --context 4096 --batch 4 --vs transformers   |   "
-    "kvfold bench decode --shape tiny --context 32768 --recipes 'raw;int4' --json -"
+    "kvfold bench decode --shape llama-3.2-1b --context 16384 --batch 8 --recipes raw,int4 --json -"
 )
+ATTENTION_EXAMPLES = (
+    "Examples:  kvfold bench attention   |   kvfold bench attention --context 4096 --batch 16 --head-dim 64   |   "
+    "kvfold bench attention --recipes 'raw,k8v4,int4,scales=channel' --json attention.json   |   "
+    "kvfold bench attention --shared-prefix --context 8192 --batch 16   |   "
+    "kvfold bench attention --kv-heads 1 --head-dim 512 --rope 64 --group 16"
+)
+
+RecipesOption = Annotated[str, typer.Option(help="Recipes, separated by ',' or ';'.")]
+DtypeOption = Annotated[str, typer.Option(help="The model's: bfloat16, float16 or float32.")]
 
 
 def bench_decode_command(
@@ -24,33 +38,32 @@ def bench_decode_command(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="A real model instead: 'bundled', a directory, a hub id.")
     ] = None,
-    recipes: Annotated[str, typer.Option(help="Recipes, separated by ';'.")] = "raw;int8;int4;int2",
+    recipes: RecipesOption = "raw,int8,int4,int2",
     context: Annotated[int, typer.Option(min=1, help="Tokens already in each sequence.")] = 2048,
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
-    steps: Annotated[int, typer.Option(min=1, help="Timed steps; the median counts.")] = 16,
-    vs: Annotated[str | None, typer.Option(help="Rivals in the same run, separated by ';': transformers.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps at most; the median counts.")] = 16,
+    vs: Annotated[str | None, typer.Option(help="Rivals in the same run, separated by ',': transformers.")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32, for random weights.")] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Weights, cache contents and tokens.")] = 0,
     json_file: JsonOption = None,
 ) -> None:
-    """Time whole decode steps over synthetically filled caches, after a correctness gate, beside the speed of
-    memory.
+    """Time whole decode steps over synthetically filled caches, after a correctness gate, beside the speed of memory,
+    and say which parts take the time.
     """
-    import torch
-
-    from kvfold.bench.decode import bench_decode
+    from kvfold.bench.decode import FILL_TOKENS, bench_decode, spare_positions
     from kvfold.bench.shapes import random_model
     from kvfold.engine.loading import load
+    from kvfold.recipe import Recipe
     from kvfold.report import bench_report
 
     if (shape is not None) and (model is not None):
         raise RequestError("--shape and --model", why="one of them names the model", hint="give only one")
-    if dtype not in ("bfloat16", "float16", "float32"):
-        raise RequestError(f"unknown dtype {dtype!r}", hint="known: bfloat16, float16, float32")
     chosen = parse_recipe_list(recipes)
-    with counted_progress(steps + 1) as say:
+    number = _dtype(dtype)
+    positions = context + steps + spare_positions([Recipe.parse(recipe) for recipe in chosen])
+    with counted_progress(-(-context // FILL_TOKENS) + steps + len(chosen) + 2) as say:
         if shape is not None:
-            loaded = random_model(shape, dtype=getattr(torch, dtype), max_positions=context + steps + 2, seed=seed)
+            loaded = random_model(shape, dtype=number, max_positions=positions, seed=seed)
         else:
             loaded, _ = load(model or "bundled")
         rows = bench_decode(
@@ -59,17 +72,73 @@ def bench_decode_command(
             context=context,
             batch=batch,
             steps=steps,
-            rivals=[rival.strip() for rival in vs.split(";")] if vs else [],
+            rivals=parse_names(vs) if vs else [],
             seed=seed,
             say=say,
         )
     if json_file != "-":
         bench_report(Console(), rows)
-    write_json(
-        json_file,
-        {
-            "command": " ".join(["kvfold", *sys.argv[1:]]),
-            "threads": torch.get_num_threads(),
-            "rows": [row.as_json() for row in rows],
-        },
-    )
+    _write(json_file, rows, loaded.device)
+
+
+def bench_attention_command(
+    recipes: RecipesOption = "raw,int8,int4,int2",
+    context: Annotated[int, typer.Option(min=1, help="Tokens in each sequence.")] = 32768,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    head_dim: Annotated[int, typer.Option(min=1, help="Dims of a head.")] = 128,
+    group: Annotated[int, typer.Option(min=1, help="Query heads to a KV head.")] = 4,
+    kv_heads: Annotated[int, typer.Option(min=1, help="KV heads.")] = 8,
+    rope: Annotated[
+        int, typer.Option(min=0, help="Latent (MLA) pages: a key of head-dim + rope dims, its first part the value.")
+    ] = 0,
+    dtype: DtypeOption = "bfloat16",
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds at most; the median counts.")] = 15,
+    seconds: Annotated[float, typer.Option(min=0, help="For all rounds together; slow ones get fewer.")] = 30.0,
+    shared_prefix: Annotated[
+        bool, typer.Option("--shared-prefix", help="The context is one prefix of all: walked for each, and once.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Keys, values and queries.")] = 0,
+    json_file: JsonOption = None,
+) -> None:
+    """Time decode attention alone, one layer after the other, against SDPA and matmul in bfloat16, after a correctness
+    gate and beside the speed of memory. On the GPU if there is one.
+    """
+    import torch
+
+    from kvfold.bench.attention import bench_attention
+    from kvfold.bench.pages import AttentionShape
+    from kvfold.bench.prefix import bench_prefix
+    from kvfold.report import attention_report, prefix_report
+
+    chosen = parse_recipe_list(recipes)
+    shape = AttentionShape(context=context, batch=batch, head_dim=head_dim, group=group, kv_heads=kv_heads, rope=rope)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    settings: dict[str, Any] = {"dtype": _dtype(dtype), "repeats": repeats, "seconds": seconds, "seed": seed}
+    bench: Callable[..., Sequence[Any]] = bench_prefix if shared_prefix else bench_attention
+    report: Callable[..., None] = prefix_report if shared_prefix else attention_report
+    with counted_progress(len(chosen) + 1 + repeats) as say:
+        rows = bench(shape, recipes=chosen, device=device, say=say, **settings)
+    if json_file != "-":
+        report(Console(), rows)
+    _write(json_file, rows, device)
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if name not in known:
+        raise RequestError(f"unknown dtype {name!r}", hint="known: " + ", ".join(known))
+    return known[name]
+
+
+def _write(json_file: str | None, rows: Sequence[Any], device: torch.device) -> None:
+    from kvfold.quality.environment import hardware, versions
+
+    record = {
+        "command": shlex.join(["kvfold", *sys.argv[1:]]),
+        "hardware": hardware(device),
+        "versions": versions(),
+        "rows": [row.as_json() for row in rows],
+    }
+    write_json(json_file, record)

@@ -15,7 +15,7 @@ EXAMPLES = "Examples:  kvfold demo   |   kvfold demo --recipes 'raw;int4' --json
 
 
 def demo(
-    recipes: Annotated[str | None, typer.Option(help="Recipes to compare, separated by ';'.")] = None,
+    recipes: Annotated[str | None, typer.Option(help="Recipes to compare, separated by ',' or ';'.")] = None,
     model: ModelOption = "bundled",
     tokens: Annotated[int, typer.Option(min=300, help="Length of the document.")] = 1800,
     seed: Annotated[int, typer.Option(help="Which document and facts.")] = 0,

@@ -49,7 +49,7 @@ EXAMPLES = (
 
 def evaluate(
     model: ModelOption = "bundled",
-    recipes: Annotated[str | None, typer.Option(help="Recipes, separated by ';'. raw is always there.")] = None,
+    recipes: Annotated[str | None, typer.Option(help="Recipes, separated by ',' or ';'. raw is always there.")] = None,
     tasks: TasksOption = "all",
     context: ContextOption = None,
     samples: SamplesOption = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +17,18 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 from kvfold.errors import RequestError
 from kvfold.recipe import Recipe
 
-__all__ = ["JsonOption", "ModelOption", "counted_progress", "parse_recipe_list", "share_progress", "write_json"]
+__all__ = [
+    "JsonOption",
+    "ModelOption",
+    "counted_progress",
+    "parse_names",
+    "parse_recipe_list",
+    "share_progress",
+    "write_json",
+]
 
+# `;`, or a comma outside of brackets (in which brackets may be) that no option follows.
+_BETWEEN_RECIPES = re.compile(r";|,(?!\s*\w+\s*=)(?![^()]*(?:\([^()]*\)[^()]*)*\))")
 _ESTIMATE_SECONDS = 3600.0  # units of work differ in length, so that only a long look back tells the speed
 
 
@@ -46,11 +57,19 @@ ModelOption = Annotated[str, typer.Option("--model", "-m", help="'bundled', a di
 
 
 def parse_recipe_list(text: str) -> list[str]:
-    """The recipes of an option, each of them legal; found out before a model is loaded."""
-    recipes = [part.strip() for part in text.split(";")]
+    """The recipes of an option, each of them legal; found out before a model is loaded.
+
+    They are separated by ``;``, or by commas: those in brackets, and those before ``option=value``, belong to a recipe.
+    """
+    recipes = [part.strip() for part in _BETWEEN_RECIPES.split(text)]
     for recipe in recipes:
         Recipe.parse(recipe)
     return recipes
+
+
+def parse_names(text: str) -> list[str]:
+    """Names in a list separated by ``;`` or ``,``."""
+    return [name.strip() for name in re.split("[;,]", text)]
 
 
 @contextmanager

@@ -75,7 +75,7 @@ def copy_blocks(arena: Tensor, src: Tensor, dst: Tensor, block_bytes: int) -> No
         raise ValueError(f"{src.numel()} blocks cannot be copied to {dst.numel()}")
     native.copy_blocks(
         arena.data_ptr(), arena.numel(), src.data_ptr(), dst.data_ptr(), src.numel(), block_bytes,
-        torch.get_num_threads(),
+        thread_count(),
     )  # fmt: skip
 
 
@@ -84,12 +84,12 @@ def zero_blocks(arena: Tensor, offset: Tensor, block_bytes: int) -> None:
     native = import_module("kvfold.kernels.cpu._native")
     offset = _table(offset)
     native.zero_blocks(
-        arena.data_ptr(), arena.numel(), offset.data_ptr(), offset.numel(), block_bytes, torch.get_num_threads()
+        arena.data_ptr(), arena.numel(), offset.data_ptr(), offset.numel(), block_bytes, thread_count()
     )
 
 
 class NativePages:
-    """The pages of one format in one arena on the CPU, moved by the extension on at most ``torch.get_num_threads()``
+    """The pages of one format in one arena on the CPU, moved by the extension on at most ``thread_count()``
     threads of its own pool, the GIL released.
 
     Methods are those of `kvfold.codecs.pages.PageStore` and mean the same. ValueError for what does not fit: addresses
@@ -174,7 +174,7 @@ class NativePages:
         self._store.write_runs(
             runs.table.data_ptr(), runs.table.shape[0], runs.heads, layer, layer * runs.layer_bytes, runs.tokens,
             _dense(k, 1, 0), _dense(v, 1, 0),
-            torch.get_num_threads(), self._variant,
+            thread_count(), self._variant,
         )  # fmt: skip
 
     def write_rows(self, addr: Tensor, slot: Tensor, k: Tensor, v: Tensor, layer: int) -> None:
@@ -186,7 +186,7 @@ class NativePages:
         self._store.write_pages(
             addr.data_ptr(), slot.data_ptr(), addr.numel(), *self._turns(layer),
             _dense(k, 0, 0), _dense(v, 0, 0),
-            torch.get_num_threads(), self._variant,
+            thread_count(), self._variant,
         )  # fmt: skip
 
     def write_pages(self, addr: Tensor, k: Tensor, v: Tensor, layer: int | None) -> None:
@@ -196,7 +196,7 @@ class NativePages:
         self._store.write_pages(
             addr.data_ptr(), 0, addr.numel(), *self._turns(layer),
             _dense(k, 0, 1), _dense(v, 0, 1),
-            torch.get_num_threads(), self._variant,
+            thread_count(), self._variant,
         )  # fmt: skip
 
     def read_k(self, addr: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ class NativePages:
             raise ValueError(f"{source.numel()} pages cannot become {goal.numel()}")
         self._store.recode(
             source.data_ptr(), target._store, goal.data_ptr(), source.numel(), self._heads * self._layers,
-            torch.get_num_threads(), target._variant,
+            thread_count(), target._variant,
         )  # fmt: skip
 
     def copy_rows(self, src_addr: Tensor, src_slot: Tensor, dst_addr: Tensor, dst_slot: Tensor) -> None:
@@ -242,7 +242,7 @@ class NativePages:
     def _read(self, addr: Tensor, k: _Dense, v: _Dense, layer: int | None, *, turned: bool = True) -> None:
         flat = _table(addr)
         self._store.read_pages(
-            flat.data_ptr(), flat.numel(), *self._turns(layer), k, v, turned, torch.get_num_threads(), self._variant
+            flat.data_ptr(), flat.numel(), *self._turns(layer), k, v, turned, thread_count(), self._variant
         )
 
     def _room(self, addr: Tensor, fmt: VectorFormat | BandFormat) -> Tensor:
