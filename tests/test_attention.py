@@ -12,7 +12,7 @@ from torch import Tensor
 from kvfold.attention.decode import attend_decode
 from kvfold.attention.pieces import LayerCall
 from kvfold.attention.prefill import attend_prefill
-from kvfold.attention.tables import Blocks, DecodeTables, GroupPages, SequencePages, past_spans
+from kvfold.attention.tables import Blocks, DecodeTables, GroupPages, SequencePages, past_of
 from kvfold.codecs.pages import PageStore
 from kvfold.formats import PageFormat, VectorFormat
 from kvfold.kernels.catalog import full_registry
@@ -78,17 +78,12 @@ def test_decode_agrees_with_the_reference(
     sinks = torch.linspace(-1, 1, QUERIES)
     call = LayerCall(scale=0.3, kind=kind, window=window, softcap=softcap, sinks=sinks)
     q = torch.randn(len(LENGTHS), QUERIES, DIM).to(dtype)
-    tables = DecodeTables(paged.group, paged.pages, np.arange(len(LENGTHS)))
-    seen = []
-    for bucket in tables.at(np.asarray(LENGTHS) - 1, len(LENGTHS)):
-        rows = list(range(len(LENGTHS))) if bucket.rows is None else bucket.rows.tolist()
-        o, lse = with_sinks(attend_decode(q[rows], LAYER, bucket.pieces, call, full_registry()), sinks)
-        for at, row in enumerate(rows):
-            want_o, want_lse = paged.reference(row, q[row : row + 1], LENGTHS[row] - 1, call)
-            assert (o[at].float() - want_o[0]).abs().max() <= TOLERANCE[dtype]
-            assert (lse[at] - want_lse[0]).abs().max() <= TOLERANCE[dtype]
-        seen += rows
-    assert sorted(seen) == list(range(len(LENGTHS)))
+    walks = DecodeTables(paged.group, paged.pages).at(np.asarray(LENGTHS) - 1)
+    o, lse = with_sinks(attend_decode(q, LAYER, walks, call, full_registry()), sinks)
+    for i, length in enumerate(LENGTHS):
+        want_o, want_lse = paged.reference(i, q[i : i + 1], length - 1, call)
+        assert (o[i].float() - want_o[0]).abs().max() <= TOLERANCE[dtype]
+        assert (lse[i] - want_lse[0]).abs().max() <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
@@ -102,7 +97,7 @@ def test_prefill_over_a_past_agrees_with_the_reference(
     call = LayerCall(scale=0.3, kind=kind, window=window, softcap=softcap)
     for first in (0, LENGTHS[i] // 2, LENGTHS[i] - 2):
         q = torch.randn(LENGTHS[i] - first, QUERIES, DIM).to(dtype)
-        past = past_spans(paged.group, paged.pages[i], first)
+        past = past_of(paged.group, paged.pages[i], first)
         piece = attend_prefill(q, paged.k[i][first:], paged.v[i][first:], first, LAYER, past, call, dense_registry())
         want_o, want_lse = paged.reference(i, q, first, call)
         assert (piece[0].float() - want_o).abs().max() <= TOLERANCE[dtype]
