@@ -16,13 +16,13 @@ from kvfold.kernels.registry import OpRegistry
 
 __all__ = ["FEW_TOKENS", "QUERY_TILE", "SPAN_PAGES", "Past", "PastSpan", "attend_fresh", "attend_prefill"]
 
-FEW_TOKENS = 16
+FEW_TOKENS = 8
 """Up to so many new tokens of a sequence walk the pages of its past as they lie; more are worth unpacking it for."""
 
 QUERY_TILE = 256
 """Queries that share a mask when a layer is local: bounds the mask to ``QUERY_TILE x (QUERY_TILE + window)``."""
 
-SPAN_PAGES = 64
+SPAN_PAGES = 128
 """Pages of the past that are unpacked at a time: bounds the buffer, whatever the context."""
 
 
