@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from kvfold.attention.pieces import LayerCall, PagePiece, StateWalk, rotate_query, unrotate
@@ -25,7 +26,8 @@ def attend_decode(
     unpacks them unpacks a piece of a layer at a time. Returns ``o [m, Hq, Dv]`` and ``lse [m, Hq]``, float32, sinks not
     counted.
     """
-    wide = q.float()  # rotations and the merge are small: in float32 they are exact enough, and faster than in bfloat16
+    # Rotations and the merge are small: in float32 they are exact enough, and faster than in bfloat16.
+    wide = q.to(torch.float32, memory_format=torch.contiguous_format)
     results = []
     for walk in walks:
         rotated = rotate_query(walk.store, wide, layer_in_group, call.latent)
@@ -71,10 +73,11 @@ def _attend_piece(q: Tensor, layer_in_group: int, piece: PagePiece, call: LayerC
     """The queries of a piece, of all queries ``q [m, Hq, D]``, over its pages."""
     if piece.rows is not None:
         q = q.index_select(0, piece.rows)
-    lists, kv_heads = piece.addr.shape[:2]
-    rows = q.reshape(lists, -1, kv_heads, q.shape[1] // kv_heads, q.shape[2])
+    (count, q_heads, dim), (lists, kv_heads) = q.shape, piece.addr.shape[:2]
+    group, queries = q_heads // kv_heads, count // lists
+    rows = q.view(lists, queries, kv_heads, group, dim)
     pages = PagesCall(
-        q=rows.transpose(1, 2).flatten(2, 3),
+        q=(rows if queries == 1 else rows.transpose(1, 2)).reshape(lists, kv_heads, queries * group, dim),
         arena=piece.store.arena,
         addr=piece.addr,
         shift=layer_in_group * piece.layer_bytes,
@@ -87,6 +90,7 @@ def _attend_piece(q: Tensor, layer_in_group: int, piece: PagePiece, call: LayerC
         latent=call.latent is not None,
     )
     o, lse = registry.select("attend_pages", pages).run(pages)
-    # [lists, Hkv, queries * G, Dv] -> [m, Hq, Dv]
-    o = o.unflatten(2, rows.shape[1:4:2]).transpose(1, 2).reshape(*q.shape[:2], -1)
-    return o, lse.unflatten(2, rows.shape[1:4:2]).transpose(1, 2).reshape(q.shape[:2])
+    if queries > 1:
+        o = o.view(lists, kv_heads, queries, group, -1).transpose(1, 2)
+        lse = lse.view(lists, kv_heads, queries, group).transpose(1, 2)
+    return o.reshape(count, q_heads, -1), lse.reshape(count, q_heads)
