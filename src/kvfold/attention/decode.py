@@ -75,9 +75,10 @@ def _attend_piece(q: Tensor, layer_in_group: int, piece: PagePiece, call: LayerC
         q = q.index_select(0, piece.rows)
     (count, q_heads, dim), (lists, kv_heads) = q.shape, piece.addr.shape[:2]
     group, queries = q_heads // kv_heads, count // lists
-    rows = q.view(lists, queries, kv_heads, group, dim)
+    if queries > 1:
+        q = q.view(lists, queries, kv_heads, group, dim).transpose(1, 2)
     pages = PagesCall(
-        q=(rows if queries == 1 else rows.transpose(1, 2)).reshape(lists, kv_heads, queries * group, dim),
+        q=q.reshape(lists, kv_heads, queries * group, dim),
         arena=piece.store.arena,
         addr=piece.addr,
         shift=layer_in_group * piece.layer_bytes,
@@ -89,7 +90,9 @@ def _attend_piece(q: Tensor, layer_in_group: int, piece: PagePiece, call: LayerC
         softcap=call.softcap,
         latent=call.latent is not None,
     )
-    o, lse = registry.select("attend_pages", pages).run(pages)
+    # What a kernel can take hangs on these, and is the same in every layer and step.
+    alike = (piece.store, queries * group, piece.bias is None, call.softcap, call.latent is None, q.requires_grad)
+    o, lse = registry.select("attend_pages", pages, alike).run(pages)
     if queries > 1:
         o = o.view(lists, kv_heads, queries, group, -1).transpose(1, 2)
         lse = lse.view(lists, kv_heads, queries, group).transpose(1, 2)

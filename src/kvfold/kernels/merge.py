@@ -19,6 +19,8 @@ def merge(pieces: Sequence[Piece]) -> Piece:
     ``o = sum_i o_i * exp(lse_i - lse)`` with ``lse = log(sum_i exp(lse_i))``, in float32; ``o`` keeps its dtype.
     """
     out, total = pieces[0]
+    if len(pieces) == 1:
+        return out, total
     dtype = out.dtype
     for o, lse in pieces[1:]:
         # The share of two log-sum-exps is a logistic function of their difference: four calls for a pair, and pairs are
