@@ -16,7 +16,7 @@ from kvfold.kernels.registry import OpRegistry
 
 __all__ = ["FEW_TOKENS", "QUERY_TILE", "SPAN_PAGES", "Past", "PastSpan", "attend_fresh", "attend_prefill"]
 
-FEW_TOKENS = 8
+FEW_TOKENS = 16
 """Up to so many new tokens of a sequence walk the pages of its past as they lie; more are worth unpacking it for."""
 
 QUERY_TILE = 256
