@@ -234,10 +234,10 @@ def _spans(group: GroupPages, store: PageStore, past: Blocks, start: int) -> Ite
 
 @dataclass(frozen=True, slots=True)
 class RowWrite:
-    """Where new tokens go in one store: ``addr [N * Hkv]`` pages in the group's first layer, ``slot [N * Hkv]``, heads
-    fastest, and which ``rows [N]`` of the step's tokens they are (None: all, in order).
+    """Where new tokens go in one store: ``addr [N, Hkv]`` pages in the group's first layer, ``slot [N, Hkv]``, and
+    which ``rows [N]`` of the step's tokens they are (None: all, in order).
 
-    Without ``slot``, whole pages: ``addr [N / S * Hkv]``.
+    Without ``slot``, whole pages: ``addr [N / S, Hkv]``.
     """
 
     store: PageStore
@@ -250,14 +250,14 @@ class RowWrite:
         """Stores the step's keys ``[M, Hkv, Dk]`` and values ``[M, Hkv, Dv]`` of a layer, as far as they go here."""
         if self.rows is not None:
             k, v = k.index_select(0, self.rows), v.index_select(0, self.rows)
-        addr = self.addr + layer_in_group * self.layer_bytes
+        addr = (self.addr + layer_in_group * self.layer_bytes).reshape(-1)
         if self.slot is None:
             # [N, Hkv, D] -> [N / S * Hkv, S, D]
             size = self.store.fmt.block_size
             k, v = (x.unflatten(0, (-1, size)).transpose(1, 2).flatten(0, 1) for x in (k, v))
             self.store.write_pages(addr, k, v, layer_in_group)
             return
-        self.store.write_rows(addr, self.slot, k.flatten(0, 1), v.flatten(0, 1), layer_in_group)
+        self.store.write_rows(addr, self.slot.reshape(-1), k.flatten(0, 1), v.flatten(0, 1), layer_in_group)
 
 
 def place_rows(pages: GroupPages, store: PageStore, offset: np.ndarray, runs: np.ndarray, total: int) -> RowWrite:
@@ -275,8 +275,8 @@ def place_rows(pages: GroupPages, store: PageStore, offset: np.ndarray, runs: np
     slot = torch.from_numpy(np.repeat(slots, count) + within).to(device)
     return RowWrite(
         store=store,
-        addr=pages.addresses(store, (offset if whole else np.repeat(offset, count))[:, None]).flatten(),
-        slot=None if whole else slot.repeat_interleave(pages.kv_heads),
+        addr=pages.addresses(store, (offset if whole else np.repeat(offset, count))[:, None])[..., 0],
+        slot=None if whole else slot[:, None].expand(-1, pages.kv_heads),
         rows=None if in_order else torch.from_numpy(rows).to(device),
         layer_bytes=pages.layer_bytes(store),
     )
