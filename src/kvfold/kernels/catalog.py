@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvfold.kernels import cpu
+from kvfold.kernels import cpu, triton
 from kvfold.kernels.dense import dense_registry
 from kvfold.kernels.pages import PagesCall, unpack_with
 from kvfold.kernels.reference import paged_attend
@@ -22,6 +22,7 @@ def full_registry() -> OpRegistry:
     registry = dense_registry()
     registry.register_reference("attend_pages", paged_attend)
     registry.register("attend_pages", "native", _native_refuses, cpu.attend, priority=10)
+    registry.register("attend_pages", "triton", triton.refuses, triton.attend, priority=10)
     registry.register("attend_pages", "unpack", _runs_anywhere, unpack_with(registry), priority=0)
     return registry
 
