@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvfold.attention.decode import attend_decode
 from kvfold.attention.pieces import LayerCall
-from kvfold.attention.prefill import attend_prefill
+from kvfold.attention.prefill import QUERY_TILE, SPAN_PAGES, attend_prefill
 from kvfold.attention.rows import FewRows, attend_rows
 from kvfold.attention.tables import Blocks, DecodeTables, GroupPages, SequencePages, past_of
 from kvfold.codecs.pages import PageStore
@@ -223,3 +223,23 @@ def test_raw_pages_are_gathered_for_many_rows() -> None:
             bias=piece.bias,
         )
         assert registry.select("attend_pages", call).name == chosen
+
+
+@pytest.mark.parametrize(("kind", "window"), KINDS)
+def test_prefill_masks_no_more_than_a_window(kind: str, window: int | None) -> None:
+    """Full layers have no mask at all; the others none that grows with the past."""
+    paged, count = Paged(torch.float32, kind, window), 300
+    registry, masks = dense_registry(), []
+
+    def watch(call: DenseCall) -> str | None:
+        masks.append(0 if call.bias is None else call.bias.shape[-1])
+        return "only looks"
+
+    registry.register("attend_dense", "watch", watch, lambda _: None, priority=99)
+    first = LENGTHS[3] - count
+    past = past_of(paged.group, paged.pages[3], first)
+    q = torch.randn(count, QUERIES, DIM)
+    call = LayerCall(scale=0.3, kind=kind, window=window)
+    attend_prefill(q, paged.k[3][first:], paged.v[3][first:], first, LAYER, past, call, registry)
+    assert len(masks) >= 2
+    assert max(masks) <= (0 if window is None else max(QUERY_TILE + window, SPAN_PAGES * SIZE))
