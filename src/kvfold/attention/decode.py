@@ -44,8 +44,7 @@ def _attend_state(q: Tensor, layer_in_group: int, walk: StateWalk, call: LayerCa
         if piece.rows is None:
             total = found
         else:
-            total = total or _nothing_seen(q, found)
-            _put(total, piece.rows, found)
+            total = _put(total or _nothing_seen(q, found), piece.rows, found)
     for piece in walk.shared:
         found = _attend_piece(q, layer_in_group, piece, call, registry)
         if piece.rows is None:
@@ -53,7 +52,7 @@ def _attend_state(q: Tensor, layer_in_group: int, walk: StateWalk, call: LayerCa
         else:
             total = total or _nothing_seen(q, found)
             before = (total[0].index_select(0, piece.rows), total[1].index_select(0, piece.rows))
-            _put(total, piece.rows, merge([before, found]))
+            total = _put(total, piece.rows, merge([before, found]))
     if total is None:
         raise RuntimeError("a state without pages has no walk")
     return total
@@ -64,9 +63,8 @@ def _nothing_seen(q: Tensor, like: Piece) -> Piece:
     return o.new_zeros((q.shape[0], *o.shape[1:])), lse.new_full(q.shape[:2], HIDDEN)
 
 
-def _put(total: Piece, rows: Tensor, part: Piece) -> None:
-    total[0].index_copy_(0, rows, part[0])
-    total[1].index_copy_(0, rows, part[1])
+def _put(total: Piece, rows: Tensor, part: Piece) -> Piece:
+    return total[0].index_copy(0, rows, part[0]), total[1].index_copy(0, rows, part[1])
 
 
 def _attend_piece(q: Tensor, layer_in_group: int, piece: PagePiece, call: LayerCall, registry: OpRegistry) -> Piece:
