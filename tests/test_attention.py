@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -11,14 +12,18 @@ from torch import Tensor
 
 from kvfold.attention.decode import attend_decode
 from kvfold.attention.pieces import LayerCall
-from kvfold.attention.prefill import attend_prefill
-from kvfold.attention.tables import Blocks, DecodeTables, GroupPages, SequencePages, past_spans
+from kvfold.attention.prefill import QUERY_TILE, SPAN_PAGES, attend_prefill
+from kvfold.attention.rows import FewRows, attend_rows
+from kvfold.attention.tables import Blocks, DecodeTables, GroupPages, SequencePages, past_of
 from kvfold.codecs.pages import PageStore
 from kvfold.formats import PageFormat, VectorFormat
-from kvfold.kernels.catalog import full_registry
+from kvfold.kernels import cpu
+from kvfold.kernels.catalog import RAW_ROWS, full_registry
 from kvfold.kernels.dense import DenseCall, dense_registry
 from kvfold.kernels.merge import merge, with_sinks
+from kvfold.kernels.pages import PagesCall
 from kvfold.kernels.reference import attend
+from kvfold.kernels.registry import OpRegistry
 
 SIZE, HEADS, DIM, QUERIES, LAYERS, LAYER = 8, 2, 16, 6, 3, 2
 LENGTHS = [21, 5, 40, 700]
@@ -78,17 +83,12 @@ def test_decode_agrees_with_the_reference(
     sinks = torch.linspace(-1, 1, QUERIES)
     call = LayerCall(scale=0.3, kind=kind, window=window, softcap=softcap, sinks=sinks)
     q = torch.randn(len(LENGTHS), QUERIES, DIM).to(dtype)
-    tables = DecodeTables(paged.group, paged.pages, np.arange(len(LENGTHS)))
-    seen = []
-    for bucket in tables.at(np.asarray(LENGTHS) - 1, len(LENGTHS)):
-        rows = list(range(len(LENGTHS))) if bucket.rows is None else bucket.rows.tolist()
-        o, lse = with_sinks(attend_decode(q[rows], LAYER, bucket.pieces, call, full_registry()), sinks)
-        for at, row in enumerate(rows):
-            want_o, want_lse = paged.reference(row, q[row : row + 1], LENGTHS[row] - 1, call)
-            assert (o[at].float() - want_o[0]).abs().max() <= TOLERANCE[dtype]
-            assert (lse[at] - want_lse[0]).abs().max() <= TOLERANCE[dtype]
-        seen += rows
-    assert sorted(seen) == list(range(len(LENGTHS)))
+    walks = DecodeTables(paged.group, paged.pages).at(np.asarray(LENGTHS) - 1)
+    o, lse = with_sinks(attend_decode(q, LAYER, walks, call, full_registry()), sinks)
+    for i, length in enumerate(LENGTHS):
+        want_o, want_lse = paged.reference(i, q[i : i + 1], length - 1, call)
+        assert (o[i].float() - want_o[0]).abs().max() <= TOLERANCE[dtype]
+        assert (lse[i] - want_lse[0]).abs().max() <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
@@ -102,7 +102,7 @@ def test_prefill_over_a_past_agrees_with_the_reference(
     call = LayerCall(scale=0.3, kind=kind, window=window, softcap=softcap)
     for first in (0, LENGTHS[i] // 2, LENGTHS[i] - 2):
         q = torch.randn(LENGTHS[i] - first, QUERIES, DIM).to(dtype)
-        past = past_spans(paged.group, paged.pages[i], first)
+        past = past_of(paged.group, paged.pages[i], first)
         piece = attend_prefill(q, paged.k[i][first:], paged.v[i][first:], first, LAYER, past, call, dense_registry())
         want_o, want_lse = paged.reference(i, q, first, call)
         assert (piece[0].float() - want_o).abs().max() <= TOLERANCE[dtype]
@@ -156,3 +156,90 @@ def test_the_registry_says_why() -> None:
     verdicts = dict(dense_registry().explain("attend_dense", call))
     assert verdicts["matmul"] == "chosen"
     assert "soft-capping" in verdicts["flash_cpu"]
+
+
+def test_a_choice_is_remembered_for_calls_that_are_alike() -> None:
+    registry, asked = OpRegistry(), []
+
+    def refuses(call: int) -> str | None:
+        asked.append(call)
+        return None if call < 3 else "too large"
+
+    registry.register_reference("op", abs)
+    registry.register("op", "small", refuses, abs, priority=1)
+    registry.register("op", "any", lambda _: None, abs)
+    assert [registry.select("op", call, alike="small").name for call in (1, 2, 1)] == ["small"] * 3
+    assert registry.select("op", 5, alike="large").name == "any"
+    assert asked == [1, 5]
+    assert registry.select("op", 2).name == "small"
+    registry.register("op", "better", lambda _: None, abs, priority=2)
+    assert registry.select("op", 1, alike="small").name == "better"
+    assert registry.select("op", 1).name == "better"
+
+
+@pytest.mark.parametrize("queries", [1, 2, 5])
+def test_few_queries_walk_the_pages_of_the_past(queries: int) -> None:
+    """Several sequences at once, in order and not: pages for the past, fresh keys beside them."""
+    paged = Paged(torch.float32, "full", None)
+    call = LayerCall(scale=0.3)
+    order = [2, 0, 3]
+    first = [LENGTHS[i] - queries for i in order]
+    q = torch.randn(len(order) * queries, QUERIES, DIM)
+    past = [paged.pages[i].before(start) for i, start in zip(order, first, strict=True)]
+    walks = DecodeTables(paged.group, past, queries).at(np.asarray(first) - 1)
+    k, v = (torch.cat([x[i][-queries:] for i in order]) for x in (paged.k, paged.v))
+    rows = None if queries == 2 else torch.randperm(len(q))
+    if rows is not None:  # the step has them in another order
+        q, k, v = (torch.empty_like(x).index_copy_(0, rows, x) for x in (q, k, v))
+    few = [FewRows(rows, queries, walks)]
+    if queries == 1:  # a single token is read from its page
+        pages = [paged.pages[i] for i in order]
+        few = [FewRows(rows, 1, DecodeTables(paged.group, pages).at(np.asarray(first)))]
+    found = attend_rows(q, k, v, LAYER, few, [], call, full_registry())
+    if rows is not None:
+        found, q = found[rows], q[rows]
+    for n, (i, start) in enumerate(zip(order, first, strict=True)):
+        mine = slice(n * queries, (n + 1) * queries)
+        assert (found[mine] - paged.reference(i, q[mine], start, call)[0]).abs().max() <= 1e-5
+
+
+def test_raw_pages_are_gathered_for_many_rows() -> None:
+    if cpu.available():
+        pytest.skip(cpu.available())
+    paged = Paged(torch.float32, "full", None)
+    walks = DecodeTables(paged.group, paged.pages[:1]).at(np.asarray([20]))
+    (piece,) = walks[0].own
+    registry = full_registry()
+    for rows, chosen in ((RAW_ROWS, "native"), (RAW_ROWS + 1, "unpack")):
+        call = PagesCall(
+            q=torch.randn(1, HEADS, rows, DIM),
+            arena=piece.store.arena,
+            addr=piece.addr,
+            shift=0,
+            fmt=piece.store.fmt,
+            dtype=torch.float32,
+            scale=1.0,
+            read=partial(piece.read, 0, None),
+            bias=piece.bias,
+        )
+        assert registry.select("attend_pages", call).name == chosen
+
+
+@pytest.mark.parametrize(("kind", "window"), KINDS)
+def test_prefill_masks_no_more_than_a_window(kind: str, window: int | None) -> None:
+    """Full layers have no mask at all; the others none that grows with the past."""
+    paged, count = Paged(torch.float32, kind, window), 300
+    registry, masks = dense_registry(), []
+
+    def watch(call: DenseCall) -> str | None:
+        masks.append(0 if call.bias is None else call.bias.shape[-1])
+        return "only looks"
+
+    registry.register("attend_dense", "watch", watch, lambda _: None, priority=99)
+    first = LENGTHS[3] - count
+    past = past_of(paged.group, paged.pages[3], first)
+    q = torch.randn(count, QUERIES, DIM)
+    call = LayerCall(scale=0.3, kind=kind, window=window)
+    attend_prefill(q, paged.k[3][first:], paged.v[3][first:], first, LAYER, past, call, registry)
+    assert len(masks) >= 2
+    assert max(masks) <= (0 if window is None else max(QUERY_TILE + window, SPAN_PAGES * SIZE))

@@ -24,7 +24,7 @@ from tests.test_native import native
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "stream_read_gb_s", lambda device, repeats: 12.5)
+    monkeypatch.setattr(doctor, "_stream_gb_s", lambda: 12.5)
     monkeypatch.delenv("KVFOLD_THREADS", raising=False)
 
 

@@ -14,24 +14,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvfold.attention.decode import attend_decode
-from kvfold.attention.pieces import LayerCall
-from kvfold.attention.prefill import PastSpan, attend_prefill
+from kvfold.attention.pieces import LayerCall, StateWalk
+from kvfold.attention.prefill import FEW_TOKENS
+from kvfold.attention.rows import FewRows, PrefillRows, attend_rows
 from kvfold.attention.tables import (
     Blocks,
-    DecodeBucket,
     DecodeTables,
     RowWrite,
     SequencePages,
     group_pages,
-    past_spans,
+    past_of,
     place_rows,
 )
 from kvfold.codecs.pages import PageStore, copy_blocks, seal, unseal, zero_blocks
 from kvfold.errors import UnsupportedError
 from kvfold.geometry import Geometry, LayerGroup
 from kvfold.kernels.catalog import full_registry
-from kvfold.kernels.merge import Piece, with_sinks
 from kvfold.memory.manager import CacheManager, GroupSpec, Reservation
 from kvfold.recipe import Recipe
 
@@ -46,25 +44,15 @@ class SequenceWork:
     count: int
 
 
-_DecodeKey = tuple[tuple[int, int, int], ...]
-"""(row, sequence, version of its table) of each decoding sequence."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Prefill:
-    """One sequence with several new tokens: rows ``[first, end)`` of the step, at positions ``start ...``."""
-
-    first: int
-    end: int
-    start: int
-    past: list[PastSpan]
+_DecodeKey = tuple[tuple[int, int], ...]
+"""(sequence, version of its table) of each decoding sequence."""
 
 
 @dataclass(frozen=True, slots=True)
 class _GroupStep:
     writes: list[RowWrite]
-    decode: tuple[DecodeBucket, ...]
-    prefill: list[_Prefill]
+    few: list[FewRows]
+    prefill: list[PrefillRows]
 
 
 class PagedCache:
@@ -274,32 +262,45 @@ class PagedCache:
 
     def _group_step(self, g: int, reservations: Sequence[Reservation]) -> _GroupStep:
         pages = self._pages[g]
-        decoding: list[int] = []
-        rows: list[int] = []
-        prefill: list[_Prefill] = []
+        few: dict[int, list[tuple[int, Reservation]]] = {}  # by number of new tokens: first rows, and whose they are
+        prefill: list[PrefillRows] = []
         first = 0
-        for i, r in enumerate(reservations):
+        for r in reservations:
             if r.new_tokens == 1 and r.runs[g]:  # the last token of a chunk may have no page: no later query reads it
-                decoding.append(i)
-                rows.append(first)
+                few.setdefault(1, []).append((first, r))
+            elif r.start and pages.window is None and r.new_tokens <= FEW_TOKENS:
+                few.setdefault(r.new_tokens, []).append((first, r))
             else:
-                past = past_spans(pages, self._sequence_pages(g, r.seq), r.start) if r.start else []
-                prefill.append(_Prefill(first, first + r.new_tokens, r.start, past))
+                past = past_of(pages, self._sequence_pages(g, r.seq), r.start)
+                prefill.append(PrefillRows(first, first + r.new_tokens, r.start, past))
             first += r.new_tokens
-        buckets: tuple[DecodeBucket, ...] = ()
-        if decoding:
-            members = [reservations[i].seq for i in decoding]
-            key = tuple((row, seq, self.manager.table_version(seq)) for row, seq in zip(rows, members, strict=True))
-            cached = self._decode_tables[g]
-            if cached is None or cached[0] != key:
-                sequences = [self._sequence_pages(g, seq) for seq in members]
-                cached = (key, DecodeTables(pages, sequences, np.asarray(rows)))
-                self._decode_tables[g] = cached
-            positions = np.asarray([reservations[i].start for i in decoding])
-            buckets = cached[1].at(positions, first)
+        walks = [self._few(g, count, members, first) for count, members in few.items()]
+        return _GroupStep(self._writes(g, reservations, first), walks, prefill)
+
+    def _few(self, g: int, queries: int, members: Sequence[tuple[int, Reservation]], total: int) -> FewRows:
+        """The walks of sequences with ``queries`` new tokens each, among the step's ``total``.
+
+        A single new token is read from its page, like everything before it; several attend each other beside the pages.
+        """
+        starts = np.asarray([r.start for _, r in members])
+        if queries == 1:
+            walks = self._decode_walks(g, [r.seq for _, r in members], starts)
         else:
-            self._decode_tables[g] = None
-        return _GroupStep(self._writes(g, reservations, first), buckets, prefill)
+            sequences = [self._sequence_pages(g, r.seq).before(r.start) for _, r in members]
+            walks = DecodeTables(self._pages[g], sequences, queries).at(starts - 1)
+        if queries * len(members) == total:
+            return FewRows(None, queries, walks)
+        rows = np.asarray([first for first, _ in members])[:, None] + np.arange(queries)
+        return FewRows(torch.from_numpy(rows.reshape(-1)).to(self.device), queries, walks)
+
+    def _decode_walks(self, g: int, sequences: Sequence[int], positions: np.ndarray) -> tuple[StateWalk, ...]:
+        """The walks of sequences with one new token each, from the tables of the step before if no block changed."""
+        key = tuple((seq, self.manager.table_version(seq)) for seq in sequences)
+        cached = self._decode_tables[g]
+        if cached is None or cached[0] != key:
+            tables = DecodeTables(self._pages[g], [self._sequence_pages(g, seq) for seq in sequences])
+            cached = self._decode_tables[g] = (key, tables)
+        return cached[1].at(positions)
 
     def _writes(self, g: int, reservations: Sequence[Reservation], total: int) -> list[RowWrite]:
         """Where each new token of the step goes in this group; tokens that a window has already passed go nowhere."""
@@ -349,27 +350,7 @@ class Step:
         """
         g, index = self.cache.slot(layer)
         group = self._groups[g]
-        registry = self.cache.registry
-        parts: list[tuple[Tensor | slice, Tensor]] = []
-        for bucket in group.decode:
-            chosen = q if bucket.rows is None else q.index_select(0, bucket.rows)
-            wide = call.latent.query(chosen) if call.latent is not None else chosen
-            out = _finish(attend_decode(wide, index, bucket.pieces, call, registry), call, q.dtype)
-            if bucket.rows is None:
-                return out
-            parts.append((bucket.rows, out))
-        for span in group.prefill:
-            rows = slice(span.first, span.end)
-            piece = attend_prefill(q[rows], k[rows], v[rows], span.start, index, span.past, call, registry)
-            parts.append((rows, _finish(piece, call, q.dtype)))
-        out = q.new_empty((q.shape[0], *parts[0][1].shape[1:]))
-        for where, part in parts:
-            out[where] = part
-        return out
-
-
-def _finish(piece: Piece, call: LayerCall, dtype: torch.dtype) -> Tensor:
-    return (piece if call.sinks is None else with_sinks(piece, call.sinks))[0].to(dtype)
+        return attend_rows(q, k, v, index, group.few, group.prefill, call, self.cache.registry)
 
 
 def group_spec(group: LayerGroup, margin: int = 0) -> GroupSpec:

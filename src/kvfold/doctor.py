@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from kvfold.bench.stream import stream_read_gb_s
+from kvfold.bench.stream import Stream
 from kvfold.codecs.pages import PageStore
 from kvfold.engine.loading import available_memory
 from kvfold.formats import PageFormat, VectorFormat
@@ -110,7 +110,7 @@ def examine() -> Examination:
         threads_from=explain_threads(),
         wake_seconds=_median_wake(threads),
         memory_bytes=available_memory(torch.device("cpu")),
-        stream_gb_s=stream_read_gb_s(torch.device("cpu"), repeats=3),
+        stream_gb_s=_stream_gb_s(),
         cuda=torch.cuda.get_device_name() if no_cuda is None else None,
         no_cuda=no_cuda,
         tests=tuple(self_test()),
@@ -123,6 +123,11 @@ def _passed_over(chosen: str | None) -> dict[str, str]:
         if build != chosen:
             reasons[build] = f"this processor lacks {lacks}" if lacks else f"{chosen} has precedence"
     return reasons
+
+
+def _stream_gb_s() -> float:
+    stream = Stream(torch.device("cpu"))
+    return sorted(stream.read() for _ in range(3))[1]
 
 
 def _median_wake(threads: int) -> float | None:

@@ -1,52 +1,97 @@
-"""Decode: one query per sequence, over pages, vectorised over the batch."""
+"""Few queries per sequence over its pages, vectorised over the batch: a decode step is one query for each."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 
-from kvfold.attention.pieces import LayerCall, PagePiece
+from kvfold.attention.pieces import LayerCall, PagePiece, StateWalk, rotate_query, unrotate
 from kvfold.kernels.merge import Piece, merge
-from kvfold.kernels.pages import PagesCall
+from kvfold.kernels.pages import HIDDEN, PagesCall
 from kvfold.kernels.registry import OpRegistry
 
 __all__ = ["attend_decode"]
 
 
 def attend_decode(
-    q: Tensor, layer_in_group: int, pieces: Sequence[PagePiece], call: LayerCall, registry: OpRegistry
+    q: Tensor, layer_in_group: int, walks: Sequence[StateWalk], call: LayerCall, registry: OpRegistry
 ) -> Piece:
-    """Attention of ``q [n, Hq, D]`` (latent: ``[n, Hq, rank + rope]``) over the pages of ``pieces``.
+    """Attention of ``q [m, Hq, D]`` (latent: ``[m, Hq, rank + rope]``) over the pages of ``walks``.
 
-    The query heads that share a KV head are packed into rows, so that keys are read once for the whole group and never
-    repeated. Which kernel walks the pages, ``registry`` decides; one that unpacks them unpacks a piece of a layer at a
-    time. Returns ``o [n, Hq, Dv]`` and ``lse [n, Hq]``, float32, sinks not counted.
+    The query heads that share a KV head, and the queries that share a list of pages, are packed into rows, so that keys
+    are read once for all of them and never repeated. Which kernel walks the pages, ``registry`` decides; one that
+    unpacks them unpacks a piece of a layer at a time. Returns ``o [m, Hq, Dv]`` and ``lse [m, Hq]``, float32, sinks not
+    counted.
     """
-    n, q_heads = q.shape[0], q.shape[1]
-    results: list[Piece] = []
-    wide = q.float()  # rotations and the merge are small: in float32 they are exact enough, and faster than in bfloat16
-    for piece in pieces:
-        kv_heads = piece.addr.shape[1]
-        rows = piece.rotate_query(wide, layer_in_group, call.latent).reshape(n, kv_heads, q_heads // kv_heads, -1)
-        pages = PagesCall(
-            q=rows,
-            arena=piece.store.arena,
-            addr=piece.addr,
-            shift=layer_in_group * piece.layer_bytes,
-            fmt=piece.store.fmt,
-            dtype=piece.store.read_dtype,
-            scale=call.scale,
-            read=partial(piece.read, layer_in_group, call.latent),
-            bias=piece.bias,
-            softcap=call.softcap,
-            latent=call.latent is not None,
-        )
-        o, lse = registry.select("attend_pages", pages).run(pages)
-        o = piece.unrotate_output(o.reshape(n, q_heads, -1), layer_in_group, call.latent)
-        lse = lse.reshape(n, q_heads)
-        if (offset := piece.offset(wide, layer_in_group, call.latent)) is not None:
-            lse = lse + call.scale * offset
-        results.append((o, lse))
+    # Rotations and the merge are small: in float32 they are exact enough, and faster than in bfloat16.
+    wide = q.to(torch.float32, memory_format=torch.contiguous_format)
+    results = []
+    for walk in walks:
+        rotated = rotate_query(walk.store, wide, layer_in_group, call.latent)
+        o, lse = _attend_state(rotated, layer_in_group, walk, call, registry)
+        results.append(unrotate(walk.store, wide, o, lse, layer_in_group, call))
     return merge(results)
+
+
+def _attend_state(q: Tensor, layer_in_group: int, walk: StateWalk, call: LayerCall, registry: OpRegistry) -> Piece:
+    """Rotated queries over all pages of a state; what has no page there is left with nothing seen."""
+    total: Piece | None = None
+    for piece in walk.own:
+        found = _attend_piece(q, layer_in_group, piece, call, registry)
+        if piece.rows is None:
+            total = found
+        else:
+            total = _put(total or _nothing_seen(q, found), piece.rows, found)
+    for piece in walk.shared:
+        found = _attend_piece(q, layer_in_group, piece, call, registry)
+        if piece.rows is None:
+            total = found if total is None else merge([total, found])
+        else:
+            total = total or _nothing_seen(q, found)
+            before = (total[0].index_select(0, piece.rows), total[1].index_select(0, piece.rows))
+            total = _put(total, piece.rows, merge([before, found]))
+    if total is None:
+        raise RuntimeError("a state without pages has no walk")
+    return total
+
+
+def _nothing_seen(q: Tensor, like: Piece) -> Piece:
+    o, lse = like
+    return o.new_zeros((q.shape[0], *o.shape[1:])), lse.new_full(q.shape[:2], HIDDEN)
+
+
+def _put(total: Piece, rows: Tensor, part: Piece) -> Piece:
+    return total[0].index_copy(0, rows, part[0]), total[1].index_copy(0, rows, part[1])
+
+
+def _attend_piece(q: Tensor, layer_in_group: int, piece: PagePiece, call: LayerCall, registry: OpRegistry) -> Piece:
+    """The queries of a piece, of all queries ``q [m, Hq, D]``, over its pages."""
+    if piece.rows is not None:
+        q = q.index_select(0, piece.rows)
+    (count, q_heads, dim), (lists, kv_heads) = q.shape, piece.addr.shape[:2]
+    group, queries = q_heads // kv_heads, count // lists
+    if queries > 1:
+        q = q.view(lists, queries, kv_heads, group, dim).transpose(1, 2)
+    pages = PagesCall(
+        q=q.reshape(lists, kv_heads, queries * group, dim),
+        arena=piece.store.arena,
+        addr=piece.addr,
+        shift=layer_in_group * piece.layer_bytes,
+        fmt=piece.store.fmt,
+        dtype=piece.store.read_dtype,
+        scale=call.scale,
+        read=partial(piece.read, layer_in_group, call.latent),
+        bias=piece.bias,
+        softcap=call.softcap,
+        latent=call.latent is not None,
+    )
+    # What a kernel can take hangs on these, and is the same in every layer and step.
+    alike = (piece.store, queries * group, piece.bias is None, call.softcap, call.latent is None, q.requires_grad)
+    o, lse = registry.select("attend_pages", pages, alike).run(pages)
+    if queries > 1:
+        o = o.view(lists, kv_heads, queries, group, -1).transpose(1, 2)
+        lse = lse.view(lists, kv_heads, queries, group).transpose(1, 2)
+    return o.reshape(count, q_heads, -1), lse.reshape(count, q_heads)

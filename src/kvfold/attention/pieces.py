@@ -11,7 +11,7 @@ from torch import Tensor
 from kvfold.attention.latent import LatentProjection
 from kvfold.codecs.pages import PageStore
 
-__all__ = ["AttendedKind", "LayerCall", "PagePiece", "visible"]
+__all__ = ["AttendedKind", "LayerCall", "PagePiece", "StateWalk", "rotate_query", "unrotate", "visible"]
 
 AttendedKind = Literal["full", "sliding", "chunked", "latent"]
 """Kinds of layers that attend; see :data:`kvfold.geometry.LayerKind`."""
@@ -52,17 +52,18 @@ def visible(q_pos: Tensor, k_pos: Tensor, call: LayerCall) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class PagePiece:
-    """Pages of one state for ``n`` sequences: ``addr [n, Hkv, P]`` holds their byte addresses in the group's first
-    layer.
+    """Page lists of one state: ``addr [n, Hkv, P]`` holds the pages' byte addresses in the group's first layer.
 
-    ``layer_bytes`` leads from a layer's page to the same page of the next layer. ``bias [n, P * S]`` (additive,
-    float32) hides what a sequence's query may not see; None when all of it is visible.
+    ``layer_bytes`` leads from a layer's page to the same page of the next layer. Queries come list by list, as many for
+    one list as for the other: ``rows [m]`` are their places among the queries of the step (None: all, in order).
+    ``bias [n, P * S]`` (additive, float32) hides what no query of a list may see; None when all of it is visible.
     """
 
     store: PageStore
     addr: Tensor
     layer_bytes: int
     bias: Tensor | None = None
+    rows: Tensor | None = None
 
     def read(
         self, layer_in_group: int, latent: LatentProjection | None, pages: slice = slice(None)
@@ -79,22 +80,38 @@ class PagePiece:
             return wide, wide
         return k, v
 
-    def rotate_query(self, q: Tensor, layer_in_group: int, latent: LatentProjection | None) -> Tensor:
-        """``q [..., Hq, D]`` taken to the basis of the stored keys: one small product instead of one for each key."""
-        keys, values = self.store.k_basis, self.store.v_basis
-        if latent is not None:
-            head, tail = q.split((latent.rank, latent.rope), dim=-1)
-            return torch.cat((keys.query(head, layer_in_group), values.query(tail, layer_in_group)), dim=-1)
-        return keys.query(q, layer_in_group)
 
-    def offset(self, q: Tensor, layer_in_group: int, latent: LatentProjection | None) -> Tensor | None:
-        """What the products with the stored keys all lack of the scores of ``q``, ``[..., Hq]``; None: nothing."""
-        return None if latent is not None else self.store.k_basis.offset(q, layer_in_group)
+@dataclass(frozen=True, slots=True)
+class StateWalk:
+    """All pages of one state that the queries of a step read.
 
-    def unrotate_output(self, o: Tensor, layer_in_group: int, latent: LatentProjection | None) -> Tensor:
-        """Output ``[..., Hq, Dv]`` taken back from the basis of the stored values (for latents, expanded to value
-        heads).
-        """
-        if latent is not None:
-            return latent.output(self.store.k_basis.output(o[..., : latent.rank], layer_in_group))
-        return self.store.v_basis.output(o, layer_in_group)
+    ``own``: each sequence's own list of pages, every sequence in at most one piece. ``shared``: prefixes of several
+    sequences, one list for all their queries, without any mask (:mod:`kvfold.attention.cascade`).
+    """
+
+    store: PageStore
+    own: tuple[PagePiece, ...]
+    shared: tuple[PagePiece, ...] = ()
+
+
+def rotate_query(store: PageStore, q: Tensor, layer_in_group: int, latent: LatentProjection | None) -> Tensor:
+    """``q [..., Hq, D]`` taken to the basis of the stored keys: one small product instead of one for each key."""
+    if latent is not None:
+        head, tail = q.split((latent.rank, latent.rope), dim=-1)
+        parts = (store.k_basis.query(head, layer_in_group), store.v_basis.query(tail, layer_in_group))
+        return torch.cat(parts, dim=-1)
+    return store.k_basis.query(q, layer_in_group)
+
+
+def unrotate(
+    store: PageStore, q: Tensor, o: Tensor, lse: Tensor, layer_in_group: int, call: LayerCall
+) -> tuple[Tensor, Tensor]:
+    """Output ``[..., Hq, Dv]`` over stored pages taken back from the basis of the stored values (of latents: expanded
+    to value heads), and its log-sum-exp with what the products with the stored keys all lack of the scores of ``q``.
+    """
+    if call.latent is not None:
+        return call.latent.output(store.k_basis.output(o[..., : call.latent.rank], layer_in_group)), lse
+    offset = store.k_basis.offset(q, layer_in_group)
+    if offset is not None:
+        lse = lse + call.scale * offset
+    return store.v_basis.output(o, layer_in_group), lse

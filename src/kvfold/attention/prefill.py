@@ -8,17 +8,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvfold.attention.pieces import LayerCall, PagePiece, visible
+from kvfold.attention.pieces import LayerCall, PagePiece, rotate_query, unrotate, visible
+from kvfold.codecs.pages import PageStore
 from kvfold.kernels.dense import DenseCall
 from kvfold.kernels.merge import Piece, merge
 from kvfold.kernels.registry import OpRegistry
 
-__all__ = ["QUERY_TILE", "SPAN_PAGES", "PastSpan", "attend_prefill"]
+__all__ = ["FEW_TOKENS", "QUERY_TILE", "SPAN_PAGES", "Past", "PastSpan", "attend_fresh", "attend_prefill"]
+
+FEW_TOKENS = 16
+"""Up to so many new tokens of a sequence walk the pages of its past as they lie; more are worth unpacking it for."""
 
 QUERY_TILE = 256
 """Queries that share a mask when a layer is local: bounds the mask to ``QUERY_TILE x (QUERY_TILE + window)``."""
 
-SPAN_PAGES = 64
+SPAN_PAGES = 128
 """Pages of the past that are unpacked at a time: bounds the buffer, whatever the context."""
 
 
@@ -34,29 +38,44 @@ class PastSpan:
     valid: int
 
 
+@dataclass(frozen=True, slots=True)
+class Past:
+    """A sequence's past in one state."""
+
+    store: PageStore
+    spans: tuple[PastSpan, ...]
+
+
 def attend_prefill(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     start: int,
     layer_in_group: int,
-    past: Sequence[PastSpan],
+    past: Sequence[Past],
     call: LayerCall,
     registry: OpRegistry,
 ) -> Piece:
     """Attention of ``q [T, Hq, D]`` at positions ``start ...`` over fresh ``k, v [T, H, D]`` and the pages of ``past``.
 
-    Fresh keys are seen causally and as the layer made them (unquantized); ``H`` divides ``Hq``. Returns
-    ``o [T, Hq, Dv]`` and ``lse [T, Hq]``, sinks not counted.
+    Fresh keys are seen causally and as the layer made them (unquantized); ``H`` divides ``Hq``. No mask is made where a
+    layer has no window. Returns ``o [T, Hq, Dv]`` and ``lse [T, Hq]``, sinks not counted.
     """
-    fresh = [_fresh_piece(q, k, v, start, tile, call, registry) for tile in _tiles(q.shape[0], start, call)]
-    o = torch.cat([piece[0] for piece in fresh]) if len(fresh) > 1 else fresh[0][0]
-    lse = torch.cat([piece[1] for piece in fresh]) if len(fresh) > 1 else fresh[0][1]
-    pieces = [(o, lse)]
+    fresh = [_attend_tile(q, k, v, start, tile, call, registry) for tile in _tiles(q.shape[0], start, call)]
+    pieces = [fresh[0] if len(fresh) == 1 else (torch.cat([o for o, _ in fresh]), torch.cat([lse for _, lse in fresh]))]
     if past:
         wide = call.latent.query(q) if call.latent is not None else q
-        pieces += [_past_piece(wide, start, layer_in_group, span, call, registry) for span in past]
+        pieces += [_attend_past(wide, start, layer_in_group, state, call, registry) for state in past]
     return merge(pieces)
+
+
+def attend_fresh(q: Tensor, k: Tensor, v: Tensor, queries: int, call: LayerCall, registry: OpRegistry) -> Piece:
+    """Causal attention of sequences with ``queries`` new tokens each among those, by themselves: ``q [m, Hq, D]``,
+    ``k, v [m, H, D]``, sequence by sequence. Results as from :func:`attend_prefill`.
+    """
+    q, k, v = (x.unflatten(0, (-1, queries)) for x in (q, k, v))
+    o, lse = _dense(q, k, v, None, call, registry)
+    return o.flatten(0, 1), lse.flatten(0, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,47 +101,59 @@ def _tiles(count: int, start: int, call: LayerCall) -> Iterator[_Tile]:
         yield _Tile(a, min(a + QUERY_TILE, count), max(0, first_key), masked=True)
 
 
-def _fresh_piece(
+def _attend_tile(
     q: Tensor, k: Tensor, v: Tensor, start: int, tile: _Tile, call: LayerCall, registry: OpRegistry
 ) -> Piece:
-    group = q.shape[1] // k.shape[1]
-    rows = q[tile.first : tile.end].transpose(0, 1).unsqueeze(0)
-    keys, values = (
-        x[tile.first_key : tile.end].repeat_interleave(group, dim=1).transpose(0, 1).unsqueeze(0) for x in (k, v)
-    )
     bias = None
     if tile.masked:
         positions = torch.arange(start + tile.first_key, start + tile.end, device=q.device)
         bias = _bias(visible(positions[tile.first - tile.first_key :], positions, call), q.dtype)
-    dense = DenseCall(
-        q=rows, k=keys, v=values, scale=call.scale, causal=not tile.masked, bias=bias, softcap=call.softcap
-    )
+    rows, keys = slice(tile.first, tile.end), slice(tile.first_key, tile.end)
+    o, lse = _dense(q[None, rows], k[None, keys], v[None, keys], bias, call, registry)
+    return o[0], lse[0]
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: LayerCall, registry: OpRegistry) -> Piece:
+    """``q [n, T, Hq, D]`` over ``k, v [n, S, H, D]``, causally where there is no ``bias``: ``o [n, T, Hq, Dv]``,
+    ``lse [n, T, Hq]``.
+
+    The query heads of a KV head lie along the batch, where their keys are repeated without a copy if ``n`` is 1.
+    """
+    group = q.shape[2] // k.shape[2]
+    rows = q.unflatten(2, (-1, group)).permute(0, 3, 2, 1, 4).flatten(0, 1)
+    keys, values = (x.transpose(1, 2).unsqueeze(1).expand(-1, group, -1, -1, -1).flatten(0, 1) for x in (k, v))
+    dense = DenseCall(q=rows, k=keys, v=values, scale=call.scale, causal=bias is None, bias=bias, softcap=call.softcap)
     o, lse = registry.select("attend_dense", dense).run(dense)
-    return o[0].transpose(0, 1), lse[0].transpose(0, 1)
+    # [n * G, H, T, Dv] -> [n, T, H * G, Dv]
+    o, lse = o.unflatten(0, (-1, group)), lse.unflatten(0, (-1, group))
+    return o.permute(0, 3, 2, 1, 4).flatten(2, 3), lse.permute(0, 3, 2, 1).flatten(2, 3)
 
 
-def _past_piece(
-    q: Tensor, start: int, layer_in_group: int, span: PastSpan, call: LayerCall, registry: OpRegistry
+def _attend_past(
+    q: Tensor, start: int, layer_in_group: int, past: Past, call: LayerCall, registry: OpRegistry
 ) -> Piece:
+    """All spans of a state: its queries are rotated once, and its output once back."""
     count, q_heads = q.shape[:2]
-    kv_heads = span.piece.addr.shape[1]
+    kv_heads = past.spans[0].piece.addr.shape[1]
     group = q_heads // kv_heads
-    q = q.to(span.piece.store.read_dtype)
-    rows = span.piece.rotate_query(q, layer_in_group, call.latent).reshape(count, kv_heads, group, -1)
-    rows = rows.permute(1, 2, 0, 3).reshape(1, kv_heads, group * count, -1)
-    k, v = (x[:, :, : span.valid] for x in span.piece.read(layer_in_group, call.latent))
-    bias = None
-    if call.local:
-        positions = torch.arange(start, start + count, device=q.device)
-        seen = visible(positions, span.pos[: span.valid], call)
-        bias = _bias(seen.repeat(group, 1), q.dtype)
-    dense = DenseCall(q=rows, k=k, v=v, scale=call.scale, bias=bias, softcap=call.softcap)
-    o, lse = registry.select("attend_dense", dense).run(dense)
-    o = o.reshape(q_heads, count, -1).transpose(0, 1)
-    lse = lse.reshape(q_heads, count).transpose(0, 1)
-    if (offset := span.piece.offset(q, layer_in_group, call.latent)) is not None:
-        lse = lse + call.scale * offset
-    return span.piece.unrotate_output(o, layer_in_group, call.latent), lse
+    q = q.to(past.store.read_dtype)
+    # One KV head's queries as rows of one matrix, so that its keys are neither repeated nor read for every head.
+    rows = rotate_query(past.store, q, layer_in_group, call.latent).unflatten(1, (kv_heads, group))
+    rows = rows.permute(1, 2, 0, 3).flatten(1, 2).unsqueeze(0)
+    total: Piece | None = None
+    for span in past.spans:
+        k, v = (x[:, :, : span.valid] for x in span.piece.read(layer_in_group, call.latent))
+        bias = None
+        if call.local:
+            positions = torch.arange(start, start + count, device=q.device)
+            bias = _bias(visible(positions, span.pos[: span.valid], call).repeat(group, 1), q.dtype)
+        dense = DenseCall(q=rows, k=k, v=v, scale=call.scale, bias=bias, softcap=call.softcap)
+        o, lse = registry.select("attend_dense", dense).run(dense)
+        total = (o.float(), lse) if total is None else merge([total, (o, lse)])
+    if total is None:
+        raise RuntimeError("a state without pages has no past")
+    o, lse = (x.reshape(q_heads, count, *x.shape[3:]).transpose(0, 1) for x in total)
+    return unrotate(past.store, q, o, lse, layer_in_group, call)
 
 
 def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:

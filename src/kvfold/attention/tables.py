@@ -1,12 +1,13 @@
 """Device-side page tables of one step, built from the block lists of its sequences.
 
 Block lists come as byte offsets and first positions (numpy); what goes to the device are page addresses ``[n, Hkv, P]``
-and additive masks. Sequences of similar length share a bucket, so that a short one never pays for a long one.
+and additive masks. Sequences with similarly many pages share a bucket, so that a short one never pays for a long one;
+what several begin with has one list of pages for all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvfold.attention.pieces import PagePiece
-from kvfold.attention.prefill import SPAN_PAGES, PastSpan
+from kvfold.attention.cascade import SharedRun, shared_runs
+from kvfold.attention.pieces import PagePiece, StateWalk
+from kvfold.attention.prefill import SPAN_PAGES, Past, PastSpan
 from kvfold.codecs.calibrated import calibrated_bases
 from kvfold.codecs.pages import PageStore
 from kvfold.geometry import LayerGroup
@@ -24,13 +26,12 @@ from kvfold.kernels.runs import TokenRuns
 
 __all__ = [
     "Blocks",
-    "DecodeBucket",
     "DecodeTables",
     "GroupPages",
     "RowWrite",
     "SequencePages",
     "group_pages",
-    "past_spans",
+    "past_of",
     "place_rows",
 ]
 
@@ -59,6 +60,10 @@ class SequencePages:
 
     raw: Blocks
     packed: Blocks
+
+    def before(self, position: int) -> SequencePages:
+        """The blocks that begin before ``position``."""
+        return SequencePages(self.raw.before(position), self.packed.before(position))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,50 +103,74 @@ def group_pages(group: LayerGroup, arena: Tensor, dtype: torch.dtype, calibratio
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeBucket:
-    """Sequences of similar length that decode together: ``rows [n]`` of the step's tokens (None: all of them, in
-    order).
+class _Part:
+    """Pages of one state for sequences ``members [n]`` of the step, whose queries are ``rows`` (None: all, in order).
+
+    ``pos [n, P * S]``: positions of the tokens; None where no query is ever to be kept from one.
     """
 
+    members: np.ndarray
     rows: Tensor | None
-    pieces: tuple[PagePiece, ...]
+    addr: Tensor
+    pos: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
-    """Pages of one state for the sequences of a bucket: addresses, first-token positions ``[n, P * S]``, whether any is
-    padding.
-    """
-
+class _StateTables:
     store: PageStore
-    addr: Tensor
-    pos: Tensor
-    layer_bytes: int
-    padded: bool
+    own: list[_Part]
+    shared: list[_Part]
 
 
 class DecodeTables:
-    """Page tables of the decoding sequences of a step. Good for as long as no sequence's blocks change."""
+    """Page tables of sequences that have the same, small number of queries in a step. Good for as long as no sequence's
+    blocks change.
+    """
 
-    def __init__(self, group: GroupPages, sequences: Sequence[SequencePages], rows: np.ndarray) -> None:
-        """``rows [n]``: where each sequence's one token lies among the tokens of the step."""
+    def __init__(self, group: GroupPages, sequences: Sequence[SequencePages], queries: int = 1) -> None:
+        """``queries``: of each sequence; rows come sequence by sequence."""
         self._group = group
-        buckets: dict[tuple[int, int], list[int]] = {}
-        for i, pages in enumerate(sequences):
-            buckets.setdefault((_size_class(pages.raw), _size_class(pages.packed)), []).append(i)
-        self._buckets: list[tuple[np.ndarray, Tensor, list[_Part]]] = []
-        for members in buckets.values():
-            chosen = [sequences[i] for i in members]
-            parts = []
-            if chosen[0].raw.offset.size:
-                parts.append(self._part(group.raw, [pages.raw for pages in chosen]))
-            if group.packed is not None and chosen[0].packed.offset.size:
-                parts.append(self._part(group.packed, [pages.packed for pages in chosen]))
-            index = np.asarray(members)
-            self._buckets.append((index, torch.from_numpy(rows[index]).to(group.raw.arena.device), parts))
-        self._in_order = len(self._buckets) == 1 and bool((rows == np.arange(rows.size)).all())
+        self._queries = queries
+        self._states: list[_StateTables] = []
+        for store, blocks in (
+            (group.raw, [pages.raw for pages in sequences]),
+            (group.packed, [pages.packed for pages in sequences]),
+        ):
+            if store is not None and any(each.offset.size for each in blocks):
+                self._states.append(self._state(store, blocks))
 
-    def _part(self, store: PageStore, blocks: Sequence[Blocks]) -> _Part:
+    def _state(self, store: PageStore, blocks: Sequence[Blocks]) -> _StateTables:
+        runs: list[SharedRun] = []
+        if self._group.window is None:
+            # The last raw block is a sequence's own, with room left or written in this step: whole ones are shared.
+            offsets = [each.offset[:-1] if store is self._group.raw else each.offset for each in blocks]
+            runs = shared_runs(offsets, self._group.layer_bytes(store))
+        done = np.zeros(len(blocks), np.int64)
+        shared = []
+        for run in runs:
+            offset = blocks[int(run.members[0])].offset[run.first : run.last]
+            rows = self._rows(run.members, len(blocks))
+            shared.append(_Part(run.members, rows, self._group.addresses(store, offset[None]), None))
+            done[run.members] = run.last
+        buckets: dict[int, list[int]] = {}
+        for i, each in enumerate(blocks):
+            if left := each.offset.size - int(done[i]):
+                buckets.setdefault(max(_SMALLEST_BUCKET_BITS, left.bit_length()), []).append(i)
+        own = []
+        for members in buckets.values():
+            rest = [Blocks(blocks[i].offset[done[i] :], blocks[i].start[done[i] :]) for i in members]
+            index = np.asarray(members)
+            own.append(self._own(store, index, rest, self._rows(index, len(blocks))))
+        return _StateTables(store, own, shared)
+
+    def _rows(self, members: np.ndarray, total: int) -> Tensor | None:
+        """The rows of some of ``total`` sequences among all queries; None: all, in order."""
+        if members.size == total:
+            return None
+        rows = (members[:, None] * self._queries + np.arange(self._queries)).reshape(-1)
+        return torch.from_numpy(rows).to(self._group.raw.arena.device)
+
+    def _own(self, store: PageStore, members: np.ndarray, blocks: Sequence[Blocks], rows: Tensor | None) -> _Part:
         size = store.fmt.block_size
         widest = max(block.offset.size for block in blocks)
         offset = np.empty((len(blocks), widest), np.int64)
@@ -150,59 +179,58 @@ class DecodeTables:
             n = block.offset.size
             offset[i, :n], start[i, :n] = block.offset, block.start
             offset[i, n:] = block.offset[0]  # padding reads the sequence's own memory, never a neighbour's
-        pos = (start[:, :, None] + np.arange(size)).reshape(len(blocks), -1)
-        return _Part(
-            store=store,
-            addr=self._group.addresses(store, offset),
-            pos=torch.from_numpy(pos).to(store.arena.device),
-            layer_bytes=self._group.layer_bytes(store),
-            padded=any(block.offset.size < widest for block in blocks),
+        padded = any(block.offset.size < widest for block in blocks)
+        pos = None
+        if store is self._group.raw or padded or self._group.window is not None:
+            pos = torch.from_numpy((start[:, :, None] + np.arange(size)).reshape(len(blocks), -1))
+            pos = pos.to(store.arena.device)
+        return _Part(members, rows, self._group.addresses(store, offset), pos)
+
+    def at(self, positions: np.ndarray) -> tuple[StateWalk, ...]:
+        """The walks, with masks: ``positions [n]`` are the last ones that the queries of each sequence may see in its
+        pages.
+        """
+        seen = torch.from_numpy(positions).to(self._group.raw.arena.device)[:, None]
+        return tuple(
+            StateWalk(
+                store=state.store,
+                own=tuple(self._piece(state.store, part, seen) for part in state.own),
+                shared=tuple(self._piece(state.store, part, seen) for part in state.shared),
+            )
+            for state in self._states
         )
 
-    def at(self, positions: np.ndarray, total_rows: int) -> tuple[DecodeBucket, ...]:
-        """The buckets with masks for queries at ``positions [n]`` (each sequence's current token), among ``total_rows``
-        tokens.
-        """
-        group = self._group
-        ready = []
-        for index, rows, parts in self._buckets:
-            query = torch.from_numpy(positions[index]).to(rows.device)[:, None]
-            pieces = []
-            for part in parts:
-                bias = None
-                if part.store is group.raw or part.padded or group.window is not None:
-                    hidden = part.pos > query
-                    if group.window is not None:
-                        first = query - query % group.window if group.kind == "chunked" else query - group.window + 1
-                        hidden |= part.pos < first
-                    bias = torch.zeros(hidden.shape, dtype=torch.float32, device=rows.device)
-                    bias = bias.masked_fill_(hidden, HIDDEN)
-                pieces.append(PagePiece(part.store, part.addr, part.layer_bytes, bias))
-            everything = self._in_order and rows.numel() == total_rows
-            ready.append(DecodeBucket(rows=None if everything else rows, pieces=tuple(pieces)))
-        return tuple(ready)
+    def _piece(self, store: PageStore, part: _Part, seen: Tensor) -> PagePiece:
+        bias = None
+        if part.pos is not None:
+            window, chunked = self._group.window, self._group.kind == "chunked"
+            query = seen if part.rows is None else seen[part.members]
+            hidden = part.pos > query
+            if window is not None:
+                hidden |= part.pos < (query - query % window if chunked else query - window + 1)
+            bias = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device).masked_fill_(hidden, HIDDEN)
+        return PagePiece(store, part.addr, self._group.layer_bytes(store), bias, part.rows)
 
 
-def _size_class(blocks: Blocks) -> int:
-    count = int(blocks.offset.size)
-    return max(_SMALLEST_BUCKET_BITS, count.bit_length()) if count else 0
-
-
-def past_spans(group: GroupPages, pages: SequencePages, start: int) -> list[PastSpan]:
+def past_of(group: GroupPages, pages: SequencePages, start: int) -> tuple[Past, ...]:
     """The pages that hold a sequence's positions before ``start``, in spans of at most ``SPAN_PAGES`` pages."""
-    spans = []
-    for store, blocks in ((group.raw, pages.raw), (group.packed, pages.packed)):
-        if store is None:
-            continue
-        size = store.fmt.block_size
-        past = blocks.before(start)
-        for a in range(0, past.offset.size, SPAN_PAGES):
-            offset, first = past.offset[a : a + SPAN_PAGES], past.start[a : a + SPAN_PAGES]
-            pos = (first[:, None] + np.arange(size)).reshape(-1)
-            piece = PagePiece(store, group.addresses(store, offset[None]), group.layer_bytes(store))
-            valid = int(min(pos.size, pos.size - size + start - first[-1]))
-            spans.append(PastSpan(piece=piece, pos=torch.from_numpy(pos).to(store.arena.device), valid=valid))
-    return spans
+    before = pages.before(start)
+    states = ((group.raw, before.raw), (group.packed, before.packed))
+    return tuple(
+        Past(store, tuple(_spans(group, store, blocks, start)))
+        for store, blocks in states
+        if store is not None and blocks.offset.size
+    )
+
+
+def _spans(group: GroupPages, store: PageStore, past: Blocks, start: int) -> Iterator[PastSpan]:
+    size = store.fmt.block_size
+    for a in range(0, past.offset.size, SPAN_PAGES):
+        offset, first = past.offset[a : a + SPAN_PAGES], past.start[a : a + SPAN_PAGES]
+        pos = (first[:, None] + np.arange(size)).reshape(-1)
+        piece = PagePiece(store, group.addresses(store, offset[None]), group.layer_bytes(store))
+        valid = int(min(pos.size, pos.size - size + start - first[-1]))
+        yield PastSpan(piece=piece, pos=torch.from_numpy(pos).to(store.arena.device), valid=valid)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,15 +18,17 @@ def merge(pieces: Sequence[Piece]) -> Piece:
 
     ``o = sum_i o_i * exp(lse_i - lse)`` with ``lse = log(sum_i exp(lse_i))``, in float32; ``o`` keeps its dtype.
     """
+    out, total = pieces[0]
     if len(pieces) == 1:
-        return pieces[0]
-    total = pieces[0][1]
-    for _, lse in pieces[1:]:
-        total = torch.logaddexp(total, lse)  # pairs are merged many times a step: a tenth of logsumexp's time
-    out = pieces[0][0] * torch.exp(pieces[0][1] - total).unsqueeze(-1)
+        return out, total
+    dtype = out.dtype
     for o, lse in pieces[1:]:
-        out = out + o * torch.exp(lse - total).unsqueeze(-1)
-    return out.to(pieces[0][0].dtype), total
+        # The share of two log-sum-exps is a logistic function of their difference: four calls for a pair, and pairs are
+        # merged many times a step.
+        share = torch.sigmoid(lse - total).unsqueeze(-1)
+        out = torch.lerp(out.float(), o.float(), share)
+        total = torch.logaddexp(total, lse)
+    return out.to(dtype), total
 
 
 def with_sinks(piece: Piece, sinks: Tensor) -> Piece:
@@ -35,5 +37,5 @@ def with_sinks(piece: Piece, sinks: Tensor) -> Piece:
     ``sinks`` must broadcast against ``lse``. Shrinks ``o`` by the share that the sinks take.
     """
     o, lse = piece
-    total = torch.logaddexp(lse, sinks.float())
-    return (o * torch.exp(lse - total).unsqueeze(-1)).to(o.dtype), total
+    sinks = sinks.float()
+    return (o * torch.sigmoid(lse - sinks).unsqueeze(-1)).to(o.dtype), torch.logaddexp(lse, sinks)

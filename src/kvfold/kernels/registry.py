@@ -7,7 +7,7 @@ Each says in a sentence why it cannot take a call. The best of those that can is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ class OpRegistry:
     def __init__(self) -> None:
         self._references: dict[str, Callable[..., Any]] = {}
         self._implementations: dict[str, list[Implementation]] = {}
+        self._selected: dict[tuple[str, Hashable], Implementation] = {}
 
     def register_reference(self, op: str, fn: Callable[..., Any]) -> None:
         """Make ``fn`` the truth of the operation ``op``. An operation has one truth."""
@@ -59,6 +60,7 @@ class OpRegistry:
             raise KVFoldError(f"cannot register {name!r} for {op!r}", why="the name is taken")
         self._implementations[op].append(Implementation(op, name, refuses, run, priority))
         self._implementations[op].sort(key=lambda implementation: -implementation.priority)
+        self._selected.clear()
 
     def ops(self) -> tuple[str, ...]:
         """The operations that have a reference."""
@@ -74,8 +76,19 @@ class OpRegistry:
         self._check(op)
         return tuple(self._implementations[op])
 
-    def select(self, op: str, call: Any) -> Implementation:
-        """The implementation that runs ``call``. Raises UnsupportedError with every reason if none can."""
+    def select(self, op: str, call: Any, alike: Hashable = None) -> Implementation:
+        """The implementation that runs ``call``. Raises UnsupportedError with every reason if none can.
+
+        Calls with the same ``alike`` (None: no other call) are taken by the same implementations: they are asked once.
+        """
+        if alike is None:
+            return self._select(op, call)
+        found = self._selected.get((op, alike))
+        if found is None:
+            found = self._selected[op, alike] = self._select(op, call)
+        return found
+
+    def _select(self, op: str, call: Any) -> Implementation:
         self._check(op)
         for implementation in self._implementations[op]:
             if implementation.refuses(call) is None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvfold.formats import BandFormat, PageFormat, VectorFormat
 from kvfold.kernels import cpu
+from kvfold.kernels.cpu.threads import thread_count
 from kvfold.kernels.runs import TokenRuns
 
 __all__ = ["NativePages", "SideCode", "Turn", "copy_blocks", "refuses", "row_variants", "zero_blocks"]
@@ -89,7 +90,7 @@ def zero_blocks(arena: Tensor, offset: Tensor, block_bytes: int) -> None:
 
 
 class NativePages:
-    """The pages of one format in one arena on the CPU, moved by the extension on at most ``thread_count()``
+    """The pages of one format in one arena on the CPU, moved by the extension on at most `thread_count`
     threads of its own pool, the GIL released.
 
     Methods are those of `kvfold.codecs.pages.PageStore` and mean the same. ValueError for what does not fit: addresses
