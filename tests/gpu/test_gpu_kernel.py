@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import pytest
@@ -174,3 +175,13 @@ def test_on_a_cpu_the_kernel_says_that_it_needs_a_gpu() -> None:
 def test_pages_it_does_not_know_are_named() -> None:
     token, channel = (VectorFormat(8, 4, True, 8, "none", scales) for scales in ("token", "channel"))
     assert triton._layout(PageFormat(8, channel, token), torch.float32) == "does not know scales of channels"
+
+
+def test_without_triton_the_log_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def missing(name: str) -> None:
+        raise ImportError(f"no {name}")
+
+    monkeypatch.setattr(triton, "import_module", missing)
+    with caplog.at_level(logging.WARNING, logger="kvfold.kernels"):
+        assert triton._missing.__wrapped__() == "Triton is not there (no triton.language)"
+    assert "slower" in caplog.text

@@ -24,6 +24,7 @@ __all__ = ["attend", "refuses"]
 _LEAST_CAPABILITY = (8, 0)  # bfloat16 products
 _ROWS = (8, 64)  # of queries, that one program takes at least and at most
 _WAVES, _MOST_SPANS = 32, 128  # programs for each multiprocessor; spans of a sequence
+_LEAST_SPAN = 256  # tokens: less work than that is not worth a merge
 _SUMS = 2048  # numbers of the sums of one warp
 _DEEP = 16 << 10  # bytes of a tile, up to which two more are fetched ahead
 _JOINED = 32  # dims of a row that one program joins
@@ -88,7 +89,7 @@ def _launch(call: PagesCall, units: int, rows: int, pages: int) -> tuple[Tensor,
     blocks = -(-rows // tuning["M"])
     tokens = pages * call.fmt.block_size
     wanted = min(_MOST_SPANS, -(-_WAVES * _device(device)[0] // (units * blocks * tuning["num_warps"])))
-    span = -(-tokens // (wanted * tuning["N"])) * tuning["N"]
+    span = max(_LEAST_SPAN, -(-tokens // (wanted * tuning["N"])) * tuning["N"])
     spans = -(-tokens // span)
     shape = (*call.q.shape[:3], call.fmt.v.dim)
     parts = torch.empty((spans, *shape), dtype=torch.float32, device=device)
