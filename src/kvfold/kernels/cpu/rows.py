@@ -84,9 +84,7 @@ def zero_blocks(arena: Tensor, offset: Tensor, block_bytes: int) -> None:
     """See `kvfold.codecs.pages.zero_blocks`."""
     native = import_module("kvfold.kernels.cpu._native")
     offset = _table(offset)
-    native.zero_blocks(
-        arena.data_ptr(), arena.numel(), offset.data_ptr(), offset.numel(), block_bytes, thread_count()
-    )
+    native.zero_blocks(arena.data_ptr(), arena.numel(), offset.data_ptr(), offset.numel(), block_bytes, thread_count())
 
 
 class NativePages:
