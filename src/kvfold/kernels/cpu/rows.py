@@ -201,13 +201,13 @@ class NativePages:
     def read_k(self, addr: Tensor) -> Tensor:
         """See `PageStore`."""
         out = self._room(addr, self._fmt.k)
-        self._read(addr, _pages(out, self._fmt), _NOTHING, None, turned=False)
+        self._read(addr, _pages(out, self._fmt), _NOTHING, 0, turned=False)
         return out
 
     def read_v(self, addr: Tensor) -> Tensor:
         """See `PageStore`."""
         out = self._room(addr, self._fmt.v)
-        self._read(addr, _NOTHING, _pages(out, self._fmt), None, turned=False)
+        self._read(addr, _NOTHING, _pages(out, self._fmt), 0, turned=False)
         return out
 
     def decode_pages(self, addr: Tensor, layer: int | None) -> tuple[Tensor, Tensor]:
