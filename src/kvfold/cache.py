@@ -26,7 +26,7 @@ from kvfold.attention.tables import (
     past_of,
     place_rows,
 )
-from kvfold.codecs.pages import PageStore, copy_blocks, seal, unseal, zero_blocks
+from kvfold.codecs.pages import PageStore, blank_arena, copy_blocks, seal, unseal, zero_blocks
 from kvfold.errors import UnsupportedError
 from kvfold.geometry import Geometry, LayerGroup
 from kvfold.kernels.catalog import full_registry
@@ -97,7 +97,7 @@ class PagedCache:
             prefix_caching=prefix_caching,
         )
         with torch.inference_mode(False):
-            self._arena = torch.zeros(self.manager.arena.total_bytes, dtype=torch.uint8, device=self.device)
+            self._arena = blank_arena(self.manager.arena.total_bytes, self.device)
             self._generation = self.manager.arena.generation
             self._pages = [group_pages(g, self._arena, dtype, recipe.calibration) for g in self.groups]
         self._known: list[dict[int, tuple[int, SequencePages]]] = [{} for _ in self.groups]
@@ -204,7 +204,7 @@ class PagedCache:
         if arena.generation == self._generation:
             return
         with torch.inference_mode(False):  # an arena made inside of it could not be written outside
-            larger = torch.zeros(arena.total_bytes, dtype=torch.uint8, device=self.device)
+            larger = blank_arena(arena.total_bytes, self.device)
             larger[: self._arena.numel()] = self._arena
             self._arena, self._generation = larger, arena.generation
             for pages in self._pages:

@@ -6,6 +6,9 @@ Every address is an int64 byte offset of a page in the arena, a multiple of 64. 
 
 from __future__ import annotations
 
+import mmap
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 
@@ -16,7 +19,7 @@ from kvfold.kernels.cpu import rows
 from kvfold.kernels.cpu.rows import NativePages
 from kvfold.kernels.runs import TokenRuns
 
-__all__ = ["PageStore", "copy_blocks", "seal", "unseal", "zero_blocks"]
+__all__ = ["PageStore", "blank_arena", "copy_blocks", "seal", "unseal", "zero_blocks"]
 
 
 class PageStore:
@@ -132,6 +135,21 @@ def _rotation(fmt: VectorFormat | BandFormat) -> Rotation:
     if isinstance(fmt, BandFormat):
         raise TypeError("banded pages have a calibrated basis, which must be given")
     return Rotation(fmt)
+
+
+def blank_arena(size: int, device: torch.device) -> Tensor:
+    """Zeros for an arena of ``size`` bytes, on a CPU in large pages of memory where the system gives them: blocks lie
+    anywhere in it, and looking up where their memory is takes time of its own.
+
+    Memory becomes real when it is first written, as that of ``torch.zeros``.
+    """
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    if device.type != "cpu" or advice is None or size == 0:
+        return torch.zeros(size, dtype=torch.uint8, device=device)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a system without large pages
+        memory.madvise(advice)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def copy_blocks(arena: Tensor, src: Tensor, dst: Tensor, block_bytes: int) -> None:
