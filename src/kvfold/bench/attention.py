@@ -2,8 +2,8 @@
 
 Before anything is timed, every recipe's attention must agree with the float32 reference on the same codes. Then come
 rounds in which every contestant has a turn: a read of a large buffer, which tells how fast memory is at that moment and
-throws everything else out of the caches, a pause until the threads that read have gone to sleep, and a sweep over several layers that lie in memory one beside the other. What
-counts is the median sweep.
+throws everything else out of the caches, a pause until the threads that read have gone to sleep, and a sweep over
+several layers that lie in memory one beside the other. What counts is the median sweep.
 """
 
 from __future__ import annotations
