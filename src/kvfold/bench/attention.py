@@ -2,8 +2,8 @@
 
 Before anything is timed, every recipe's attention must agree with the float32 reference on the same codes. Then come
 rounds in which every contestant has a turn: a read of a large buffer, which tells how fast memory is at that moment and
-throws everything else out of the caches, and a sweep over several layers that lie in memory one beside the other. What
-counts is the median sweep.
+throws everything else out of the caches, a pause until the threads that read have gone to sleep, and a sweep over
+several layers that lie in memory one beside the other. What counts is the median sweep.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ GATE = 2e-3
 _ROUNDED_GATE = 0.03  # of the path through torch, which rounds what it unpacks to the model's dtype
 _RIVAL_GATE = 0.2  # rivals round scores, probabilities and outputs to bfloat16; sharp heads feel that
 _FEWEST = 3
+_PAUSE_S = 0.03  # OpenMP's threads spin for some 15 ms after their work, on cores that others then have to share
 
 Say = Callable[[str], None]
 
@@ -161,6 +162,7 @@ def rounds(
             if len(found.seconds) >= _FEWEST and sum(found.seconds) * contestant.layers > share:
                 continue
             found.stream.append(stream.read())
+            time.sleep(_PAUSE_S)
             begin = time.perf_counter()
             for layer in range(contestant.layers):
                 contestant(layer)
