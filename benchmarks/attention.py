@@ -29,7 +29,7 @@ from rich.console import Console
 from kvfold.bench.attention import bench_attention
 from kvfold.bench.pages import AttentionShape
 from kvfold.bench.prefix import bench_prefix
-from kvfold.cli.options import parse_recipe_list
+from kvfold.cli.options import parse_recipe_list, write_json
 from kvfold.quality.environment import hardware, versions
 from kvfold.quality.report.palette import LIGHT
 from kvfold.report import attention_report, prefix_report
@@ -46,8 +46,6 @@ def main() -> None:
         result = json.loads(options.draw.read_text(encoding="utf-8"))
     else:
         result = measure(options)
-        if options.json:
-            options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if options.picture:
         options.picture.write_bytes(roofline([row for row in result["rows"] if not row["rope"]]))
 
@@ -59,28 +57,28 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     grid = itertools.product(options.head_dims, options.batches, options.contexts)
     shapes = [AttentionShape(head_dim=dim, batch=batch, context=context) for dim, batch, context in grid]
     shapes.append(AttentionShape(head_dim=512, rope=64, kv_heads=1, group=16, context=max(options.contexts)))
-    rows = []
-    for shape in shapes:
-        found = bench_attention(shape, recipes=recipes, device=device, repeats=options.repeats, seconds=options.seconds)
-        attention_report(console, found)
-        rows += found
-    prefix = bench_prefix(
-        AttentionShape(context=8192, batch=16), recipes=recipes, device=device, repeats=options.repeats
-    )
-    prefix_report(console, prefix)
-    slower = [
-        f"{row.recipe} at {row.batch} x {row.context}, {row.head_dim} dims: {row.vs_raw:.2f}x"
-        for row in rows
-        if not row.rival and row.vs_raw is not None and row.vs_raw < 1
-    ]
-    console.print("slower than raw: " + ("; ".join(slower) or "nothing"))
-    return {
+    result: dict[str, Any] = {
         "command": shlex.join(["python", *sys.argv]),
         "hardware": hardware(device),
         "versions": versions(),
-        "rows": [row.as_json() for row in rows],
-        "shared_prefix": [row.as_json() for row in prefix],
+        "rows": [],
     }
+    for shape in shapes:
+        found = bench_attention(shape, recipes=recipes, device=device, repeats=options.repeats, seconds=options.seconds)
+        attention_report(console, found)
+        result["rows"] += [row.as_json() for row in found]
+        write_json(options.json, result)  # what is measured is kept, whatever comes after
+    shared = AttentionShape(context=8192, batch=16)
+    prefix = bench_prefix(shared, recipes=recipes, device=device, repeats=options.repeats, seconds=options.seconds)
+    prefix_report(console, prefix)
+    write_json(options.json, result | {"shared_prefix": [row.as_json() for row in prefix]})
+    slower = [
+        f"{row['recipe']} at {row['batch']} x {row['context']}, {row['head_dim']} dims: {row['vs_raw']:.2f}x"
+        for row in result["rows"]
+        if not row["rival"] and row["vs_raw"] is not None and row["vs_raw"] < 1
+    ]
+    console.print("slower than raw: " + ("; ".join(slower) or "nothing"))
+    return result
 
 
 def roofline(rows: Sequence[Row]) -> bytes:
@@ -203,9 +201,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096, 16384, 32768])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--head-dims", type=int, nargs="+", default=[128, 64])
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=6.0, help="of timed sweeps, for each cell of the grid")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--seconds", type=float, default=4.0, help="of timed sweeps, for each cell of the grid")
+    parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--draw", type=Path, metavar="FILE", help="measure nothing, draw this result")
     return parser.parse_args()
