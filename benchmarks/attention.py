@@ -6,6 +6,8 @@ Every cell is what `kvfold bench attention` measures, its correctness gate inclu
 and a shared prefix walked once and for each sequence (`--shared-prefix`). ``--draw FILE`` draws a result again.
 """
 
+# ruff: noqa: E402 - how OpenMP waits is said before torch is imported
+
 from __future__ import annotations
 
 import argparse
@@ -18,6 +20,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from kvfold.telemetry import calm_openmp
+
+calm_openmp()  # before torch is imported, as the command does
 
 import torch
 from matplotlib.axes import Axes

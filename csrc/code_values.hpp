@@ -171,13 +171,18 @@ class CodeValues {
         const Vec4 top = folded<Greatest, N>(greatest), kept = four<N>(decay + r);
         const Vec4 enough = top > kLeast ? top : Vec4{} + __builtin_inff();  // infinite: all steps are 0
         const Vec4 step = top > kLeast ? top * (1.0F / kSteps) : Vec4{}, inverse = kSteps / enough;
+        int8_t* high[N];
+        KVFOLD_UNROLL
+        for (int n = 0; n < N; ++n) {
+            high[n] = digits_of(group, (r + n) / blocks_.each) + (r + n) % blocks_.each * kTile;
+        }
+        const int64_t low = blocks_.each * kTile;
         for (int64_t t = 0; t < kTile; t += kLanes) {
             const Vec scale = load(scale_ + t);
             KVFOLD_UNROLL
             for (int n = 0; n < N; ++n) {
-                int8_t* high = digits_of(group, (r + n) / blocks_.each) + (r + n) % blocks_.each * kTile + t;
                 const Vec scaled = load(weights + (r + n) * kTile + t) * scale;
-                lost[n] += split(scaled, splat(step[n]), splat(inverse[n]), high, high + blocks_.each * kTile);
+                lost[n] += split(scaled, splat(step[n]), splat(inverse[n]), high[n] + t, high[n] + low + t);
             }
         }
         put<N>(step_ + at, step);

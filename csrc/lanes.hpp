@@ -141,6 +141,18 @@ KVFOLD_INLINE Vec4 folded(const Vec* v) {
 // exp(x) for x <= 0, relative error below 2e-7; exactly 0 below -87. NaN stays NaN. The range is reduced by powers of
 // two, rounded to the nearest one by adding and subtracting 1.5 * 2^23; the polynomial is that of Cephes' expf.
 KVFOLD_INLINE Vec exp_negative(Vec x) {
+#if defined(__AVX512F__)
+    const __mmask16 some = _mm512_cmp_ps_mask(x, splat(-87.0F), _CMP_NLT_UQ);  // NaN too
+    const Vec n = _mm512_maskz_roundscale_ps(some, x * splat(1.44269504088896341F), 0);
+    const Vec r = _mm512_fnmadd_ps(n, splat(-2.12194440e-4F), _mm512_fnmadd_ps(n, splat(0.693359375F), x));
+    Vec p = _mm512_fmadd_ps(splat(1.9875691500e-4F), r, splat(1.3981999507e-3F));
+    p = _mm512_fmadd_ps(p, r, splat(8.3334519073e-3F));
+    p = _mm512_fmadd_ps(p, r, splat(4.1665795894e-2F));
+    p = _mm512_fmadd_ps(p, r, splat(1.6666665459e-1F));
+    p = _mm512_fmadd_ps(p, r, splat(5.0000001201e-1F));
+    p = _mm512_fmadd_ps(p, r * r, r + splat(1.0F));
+    return _mm512_maskz_scalef_ps(some, p, n);
+#else
     const Vec magic = splat(12582912.0F);
     const Vec lowest = splat(-87.0F);
     const IntVec tiny = x < lowest;
@@ -159,6 +171,7 @@ KVFOLD_INLINE Vec exp_negative(Vec x) {
     const IntVec power = (reinterpret_cast<IntVec>(shifted) - reinterpret_cast<IntVec>(magic) + 127) << 23;
     const Vec value = p * reinterpret_cast<Vec>(power);
     return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(value) & ~tiny);
+#endif
 }
 
 // tanh(x), absolute error below 3e-7.

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from kvfold.errors import KVFoldError
 
-__all__ = ["LogLevel", "Settings", "StepStats", "Stopwatch"]
+__all__ = ["LogLevel", "Settings", "StepStats", "Stopwatch", "calm_openmp"]
+
+_SPINS = "2000"  # of libgomp: some tenth of a millisecond
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -81,6 +83,16 @@ class Settings:
         """
         source = os.environ if environ is None else environ
         return cls(threads=_threads(source.get("KVFOLD_THREADS", "")), log=_level(source.get("KVFOLD_LOG", "")))
+
+
+def calm_openmp(environ: MutableMapping[str, str] | None = None) -> None:
+    """Let torch's OpenMP threads spin for a fraction of a millisecond after their work, instead of some ten: they would
+    hold the processors that the native kernels use next. For programs, before torch is imported; what a person has
+    set stays.
+    """
+    target = os.environ if environ is None else environ
+    if "OMP_WAIT_POLICY" not in target:
+        target.setdefault("GOMP_SPINCOUNT", _SPINS)
 
 
 def _threads(text: str) -> int | None:

@@ -11,7 +11,7 @@ import typer
 from kvfold import __version__
 from kvfold.cli import bench, calibrate, demo, doctor, evaluate, generate
 from kvfold.errors import KVFoldError
-from kvfold.telemetry import Settings
+from kvfold.telemetry import Settings, calm_openmp
 
 __all__ = ["app", "main"]
 
@@ -59,6 +59,7 @@ def _global(
 
 def main() -> None:
     """Entry point: our own errors end with exit code 2 and one clear message, Ctrl-C with 130."""
+    calm_openmp()
     try:
         app()
     except KVFoldError as error:
