@@ -163,6 +163,9 @@ size_t scratch_of(const Call& call) {
     return head.end + static_cast<size_t>(smaller(call.heads, kMostHeads)) * own.used;
 }
 
+// Tiles that memory is asked for ahead of their turn.
+constexpr int64_t kAhead = 2;
+
 template <typename Keys, typename Values>
 void walk_pages(const Call& call, const Walk& walk, void* scratch) {
     using AHead = Head<Keys, Values>;
@@ -182,24 +185,20 @@ void walk_pages(const Call& call, const Walk& walk, void* scratch) {
 
     const ProductScope scope(2 * smaller(walk.rows, kBlockRows));
     Fetcher fetcher(call);
-    // One tile is attended, another is on its way, and a third is asked for.
-    Tile tiles[3];
-    Tile *tile = &tiles[0], *soon = &tiles[1], *later = &tiles[2];
+    // One tile is attended while the last of the others is asked for.
+    Tile tiles[kAhead + 1];
     int64_t ahead = 0;
-    const auto look_ahead = [&](Tile* into) {
-        slots[ahead].next(*into);
+    const auto look_ahead = [&](Tile& into) {
+        slots[ahead].next(into);
         ahead = ahead + 1 < walk.heads ? ahead + 1 : 0;
     };
-    look_ahead(tile);
-    look_ahead(soon);
-    for (int64_t h = 0; tile->count > 0; h = h + 1 < walk.heads ? h + 1 : 0) {
-        look_ahead(later);
-        fetcher.begin(*later, 8 + (walk.rows + 3) / 4 * 16);
-        heads[h].attend(call, walk.rows, *tile, fetcher);
-        Tile* const done = tile;
-        tile = soon;
-        soon = later;
-        later = done;
+    for (int64_t i = 0; i < kAhead; ++i) look_ahead(tiles[i]);
+    for (int64_t h = 0, now = 0; tiles[now].count > 0; h = h + 1 < walk.heads ? h + 1 : 0) {
+        Tile& last = tiles[now == 0 ? kAhead : now - 1];
+        look_ahead(last);
+        fetcher.begin(last, 8 + (walk.rows + 3) / 4 * 16);
+        heads[h].attend(call, walk.rows, tiles[now], fetcher);
+        now = now == kAhead ? 0 : now + 1;
     }
     for (int64_t h = 0; h < walk.heads; ++h) {
         const int64_t at = h * walk.stride;
