@@ -8,6 +8,7 @@
 #include <new>
 
 #include "thread_pool.hpp"
+#include "thread_scratch.hpp"
 
 namespace kvfold {
 namespace {
@@ -16,23 +17,6 @@ namespace {
 constexpr int64_t kBytesPerThread = 128 << 10;
 constexpr int64_t kPagesPerSpan = 8;  // no finer: each span costs a merge, and a start without anything fetched ahead
 constexpr int64_t kTasksPerThread = 4;
-
-struct AlignedDelete {
-    void operator()(void* p) const { ::operator delete[](p, std::align_val_t{64}); }
-};
-
-// Scratch of one thread. It lives as long as the thread, because allocating it anew costs page faults on every call.
-void* thread_scratch(size_t bytes) {
-    thread_local std::unique_ptr<void, AlignedDelete> memory;
-    thread_local size_t size = 0;
-    if (size < bytes) {
-        memory.reset();
-        size = 0;
-        memory.reset(::operator new[](bytes, std::align_val_t{64}, std::nothrow));
-        if (memory) size = bytes;
-    }
-    return memory.get();
-}
 
 struct Job {
     const Call& call;

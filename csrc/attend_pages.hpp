@@ -4,6 +4,9 @@
 #include <cstddef>
 #include <cstdint>
 
+// What is compiled once for each instruction set must not leave copies that the linker may choose among.
+#define KVFOLD_ALWAYS inline __attribute__((always_inline))
+
 namespace kvfold {
 
 // How the numbers of a row are stored. The values are part of the Python binding.
@@ -35,8 +38,8 @@ struct Side {
     int64_t bands;
     Band band[kMostBands];
 
-    bool coded() const { return storage == Storage::codes; }
-    int64_t stored_dim() const {
+    KVFOLD_ALWAYS bool coded() const { return storage == Storage::codes; }
+    KVFOLD_ALWAYS int64_t stored_dim() const {
         if (!coded()) return dim;
         int64_t dims = 0;
         for (int64_t i = 0; i < bands; ++i) dims += band[i].bytes * (8 / band[i].bits);
@@ -60,7 +63,7 @@ struct Call {
     float scale;
     float softcap;         // 0: none
 
-    int64_t key_dims() const { return keys[0]->dim + (parts > 1 ? keys[1]->dim : 0); }
+    KVFOLD_ALWAYS int64_t key_dims() const { return keys[0]->dim + (parts > 1 ? keys[1]->dim : 0); }
 };
 
 // A token whose bias is at most this is hidden: its memory is not read.

@@ -6,11 +6,13 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <new>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "store_pages.hpp"
+#include "thread_scratch.hpp"
 
 namespace nb = nanobind;
 
@@ -69,7 +71,7 @@ StoredSide make_side(int code, int number, int64_t number_bytes, int64_t dim, in
         side.row_bytes = dim * number_bytes;
         return side;
     }
-    must(!bands.empty() && bands.size() <= kvfold::kMostBands, "a coded side has one to three bands");
+    must(!bands.empty() && bands.size() <= kvfold::kMostStoredBands, "a coded side has one to three bands");
     int64_t dims = 0;
     for (const auto& [bits, width] : bands) {
         must((bits == 8 || bits == 4 || bits == 2) && width >= 1 && width <= stored_dim && width * bits % 8 == 0,
@@ -109,7 +111,10 @@ void check_regions(const StoredSide& side, int64_t block_size, int64_t page_byte
 
 Store make_store(int64_t block_size, int64_t page_bytes, const StoredSide& k, const StoredSide& v, uintptr_t arena,
                  int64_t arena_bytes) {
-    must(block_size >= 1 && block_size <= kMost && page_bytes >= 1 && arena_bytes >= 0, "bad size of a page");
+    constexpr int64_t kMostBytes = int64_t{1} << 60;
+    must(block_size >= 1 && block_size <= kMost && page_bytes >= 1 && page_bytes <= kMost * kMost && arena_bytes >= 0 &&
+             arena_bytes <= kMostBytes,
+         "bad size of a page");
     check_regions(k, block_size, page_bytes);
     check_regions(v, block_size, page_bytes);
     return Store{{block_size, page_bytes, k, v}, pointer<uint8_t>(arena), arena_bytes};
@@ -159,6 +164,9 @@ Units pages_of(const Store& store, uintptr_t addr, uintptr_t slot, int64_t count
 void write_runs(const Store& store, uintptr_t runs, int64_t count, int64_t heads, int64_t layer, int64_t shift,
                 int64_t tokens, const DenseTuple& k, const DenseTuple& v, int threads, size_t variant) {
     must(heads >= 1 && layer >= 0 && count >= 0, "a size is negative");
+    must(heads <= kMost && layer <= kMost && count <= kMost * kMost / heads, "a size is too large");
+    must(shift >= -store.arena_bytes && shift <= store.arena_bytes, "the shift leads out of the arena");
+    must(heads <= store.arena_bytes / store.layout.page_bytes || count == 0, "page addresses lie outside of the arena");
     const Units units{store.arena, store.arena_bytes, shift, count * heads, nullptr, nullptr,
                       pointer<const TokenRun>(runs), heads, layer * heads, heads};
     const PageLayout& layout = store.layout;
@@ -243,6 +251,16 @@ void copy_blocks(uintptr_t arena, int64_t arena_bytes, uintptr_t from, uintptr_t
                         threads);
 }
 
+// Queries and outputs of a step: too few to be worth another thread.
+void hadamard(uintptr_t from, uintptr_t to, int64_t count, int64_t dim, int64_t block, size_t variant) {
+    must(count >= 0 && dim >= 1 && dim <= kMost && block >= 1 && (block & (block - 1)) == 0 && dim % block == 0,
+         "rows are cut into blocks of a power of two");
+    const StoreVariant& chosen = variant_at(variant);
+    auto* line = static_cast<float*>(kvfold::thread_scratch(static_cast<size_t>(dim + 64) * sizeof(float)));
+    if (line == nullptr) throw std::bad_alloc();
+    chosen.hadamard(pointer<const float>(from), pointer<float>(to), count, dim, block, line);
+}
+
 void zero_blocks(uintptr_t arena, int64_t arena_bytes, uintptr_t at, int64_t count, int64_t bytes, int threads) {
     check_blocks(pointer<const int64_t>(at), count, bytes, arena_bytes);
     nb::gil_scoped_release unlocked;
@@ -276,5 +294,6 @@ void bind_store(nb::module_& m) {
           nb::arg("arena"), nb::arg("arena_bytes"), "A Store; raises ValueError if a region lies outside of its page.");
     m.def("copy_blocks", &copy_blocks, "Blocks of an arena, copied bit for bit.");
     m.def("zero_blocks", &zero_blocks, "Zeros over blocks of an arena.");
+    m.def("hadamard", &hadamard, "Rows of floats, their blocks transformed; see kvfold.kernels.cpu.rows.hadamard.");
     m.def("store_variants", &variant_names, "Names of the builds of the write path that this processor can run.");
 }

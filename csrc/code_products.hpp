@@ -10,12 +10,10 @@
 namespace kvfold::KVFOLD_ISA {
 namespace {
 
-constexpr int64_t kMostProductRows = 16;
-
 #if defined(__AMX_INT8__)
 
 // Tiles 0-3 collect results, 4 holds rows of a, 5 and 6 take turns with columns of b. AMX belongs to whoever configures
-// it: what was configured before (by a library of matrix products, say) is put back at the end.
+// it: the configuration of before (by a library of matrix products, say) is put back at the end, not what tiles held.
 class ProductScope {
   public:
     explicit ProductScope(int64_t rows) {

@@ -164,7 +164,7 @@ class CodeValues {
                 // Zero times a scale that is not a number: the bytes could not say so.
                 moved[n] += weight * zero;
                 moved[n] += scaled * splat(0.0F);
-                greatest[n] = larger(scaled, greatest[n]);
+                greatest[n] = larger(scaled, greatest[n]);  // no weight and no scale is negative
             }
         }
         const int64_t at = group * blocks_.rows + r;

@@ -1,9 +1,9 @@
 // How queries and weights become integers, to be multiplied with codes.
 //
 // Queries and weights become two signed bytes a number, high * 128 + low: a query's greatest number is 16256 steps, so
-// is a row's greatest weight of a tile, and nothing is off by more than half a step. What the codes' middle makes of
+// is a row's greatest weight of a tile, and nothing is off by more than half a step, 1/32512 of the greatest. What the codes' middle makes of
 // these errors is known and added back, so that only what is left of a code counts, half its range at most. A score is
-// then off by less than 2**-15 |q|max * sum |code - middle| * scale, an output by less than 2**-15 of the greatest weight
+// then off by at most |q|max / 32512 * sum |code - middle| * scale, an output by at most 1/32512 of the greatest weight
 // for each |code - middle|, and both errors have random signs. Products and sums of integers are exact.
 #pragma once
 

@@ -224,7 +224,7 @@ struct FloatRows {
         storage = direct ? side->storage : Storage::f32;
         stride = rounded_up(side->stored_dim(), kPair);
         scratch = direct ? nullptr : bump.take<float>(kTile * stride);
-        for (int64_t t = 0; t < kTile; ++t) at[t] = reinterpret_cast<const uint8_t*>(scratch + t * stride);
+        for (int64_t t = 0; t < kTile; ++t) at[t] = scratch == nullptr ? nullptr : reinterpret_cast<const uint8_t*>(scratch + t * stride);
     }
 
     void clear() const {

@@ -72,10 +72,6 @@ KVFOLD_INLINE Words widen_shorts(const uint8_t* p) {
 }
 #endif
 
-KVFOLD_INLINE float bf16_to_float(uint16_t bits) {
-    return __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16);
-}
-
 // ------------------------------------------------------------------------------------------------- sums and exp
 
 KVFOLD_INLINE Vec larger(Vec a, Vec b) {

@@ -15,12 +15,12 @@ enum class Number : int { f32 = 0, bf16 = 1, f16 = 2, other = 3 };
 enum class Code : int { raw = 0, token = 1, channel = 2, banded = 3 };
 
 // Dims that share a width; they are packed by halves or quarters of the band, from byte `byte` of the row on.
-struct Band {
+struct StoredBand {
     int bits;
     int64_t dims, byte;
 };
 
-inline constexpr int kMostBands = 3;
+inline constexpr int kMostStoredBands = 3;
 
 // The way from a model's vectors to stored ones, and back: the fast Hadamard transform in blocks of `block` dims (1:
 // none), or a matrix of each head: `(x - mean) @ encode [dim, kept]` and `y @ decode [kept, dim] + mean`.
@@ -42,13 +42,12 @@ struct StoredSide {
     int64_t codes_offset, meta_offset;     // in bytes from the start of the page
     bool inner, projected;                 // see kvfold.codecs.affine
     int bands_count;
-    Band bands[kMostBands];
+    StoredBand bands[kMostStoredBands];
     Turn turn;
     // The banded code's tables of 256: the largest excess each stretch takes, its inverse, the stretch.
     const float* stretch;
 
     // Numbers in a row of the stored basis.
-    int64_t kept() const { return code == Code::banded ? stored_dim : dim; }
 };
 
 // Some rows of one page or tensor, and where they go. With Code::channel they are all rows of a page.
@@ -75,6 +74,8 @@ struct StoreVariant {
     const char* name;
     void (*encode)(const StoredSide&, Number from, const Run&, float* scratch);
     void (*decode)(const StoredSide&, Number to, bool turned, const Run&, float* scratch);
+    // Rows [count, dim] of floats, their blocks (powers of two that divide dim) transformed; `line`: dim + 64 floats.
+    void (*hadamard)(const float* from, float* to, int64_t count, int64_t dim, int64_t block, float* line);
 };
 
 namespace baseline { extern const StoreVariant store_variant; }

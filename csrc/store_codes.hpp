@@ -38,7 +38,7 @@ KVFOLD_INLINE void pack_planes(const uint8_t* codes, int64_t plane, uint8_t* out
 
 KVFOLD_INLINE void pack_row(const StoredSide& side, const uint8_t* codes, uint8_t* out) {
     for (int b = 0; b < side.bands_count; ++b) {
-        const Band& band = side.bands[b];
+        const StoredBand& band = side.bands[b];
         switch (band.bits) {
             case 8: __builtin_memcpy(out + band.byte, codes, static_cast<size_t>(band.dims)); break;
             case 4: pack_planes<4>(codes, band.dims / 2, out + band.byte); break;
@@ -69,7 +69,7 @@ KVFOLD_INLINE void unpack_planes(const uint8_t* bytes, int64_t plane, float* __r
 
 KVFOLD_INLINE void unpack_row(const StoredSide& side, const uint8_t* bytes, float* out) {
     for (int b = 0; b < side.bands_count; ++b) {
-        const Band& band = side.bands[b];
+        const StoredBand& band = side.bands[b];
         switch (band.bits) {
             case 8: unpack_planes<8>(bytes + band.byte, band.dims, out); break;
             case 4: unpack_planes<4>(bytes + band.byte, band.dims / 2, out); break;

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "thread_pool.hpp"
+#include "thread_scratch.hpp"
 
 namespace kvfold {
 namespace {
@@ -16,22 +17,7 @@ constexpr int64_t kBytesPerTask = 64 << 10;  // of stored and dense rows; a thre
 
 int64_t padded(int64_t n) { return (n + kRowPad - 1) / kRowPad * kRowPad; }
 
-struct AlignedDelete {
-    void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
-};
-
-// Scratch of one thread. It lives as long as the thread, because allocating it anew costs page faults on every call.
-float* thread_scratch(size_t floats) {
-    thread_local std::unique_ptr<float[], AlignedDelete> memory;
-    thread_local size_t size = 0;
-    if (size < floats) {
-        memory.reset();
-        size = 0;
-        memory.reset(static_cast<float*>(::operator new[](floats * sizeof(float), std::align_val_t{64}, std::nothrow)));
-        if (memory) size = floats;
-    }
-    return memory.get();
-}
+float* scratch_floats(size_t floats) { return static_cast<float*>(thread_scratch(floats * sizeof(float))); }
 
 // ---------------------------------------------------------------------------------------------------- where rows lie
 
@@ -92,7 +78,7 @@ void convert(const Conversion& c, const StoreVariant& variant, const Rows& from,
     }
     const Run run{from.data, from.meta, from.stride, to.data, to.meta, to.stride, count, matrix};
     const int64_t rows = side.code == Code::channel ? count : kRows;
-    float* const scratch = thread_scratch(store_scratch_floats(side, rows));
+    float* const scratch = scratch_floats(store_scratch_floats(side, rows));
     if (scratch == nullptr) throw std::bad_alloc();
     if (c.way == Way::encode) {
         variant.encode(side, c.number, run, scratch);
@@ -271,6 +257,7 @@ void zero_blocks(uint8_t* arena, const int64_t* at, int64_t count, int64_t bytes
 }
 
 size_t store_scratch_floats(const StoredSide& side, int64_t rows) {
+    rows = std::max(rows, kRows);  // decoding takes so many at a time, whatever the run
     const int64_t stride = padded(std::max(side.dim, side.stored_dim));
     const int64_t ranges = padded(side.code == Code::token ? kRows * side.groups : side.stored_dim);
     const int64_t taken = (2 * rows + 1) * stride + 5 * ranges + 8 * kRowPad;  // 8 pieces, each with room behind it

@@ -140,7 +140,7 @@ void encode_page(const StoredSide& side, const Run& run, const float* rows, cons
 KVFOLD_INLINE int64_t stretch_of(const StoredSide& side, const float* row) {
     float excess = 0.0F, bad = 0.0F;
     for (int b = 0; b < side.bands_count; ++b) {
-        const Band& band = side.bands[b];
+        const StoredBand& band = side.bands[b];
         Vec most = Vec{}, unreal = Vec{};
         for (int64_t i = 0; i < band.dims; i += kLanes) {
             Vec v = load(row + i);
@@ -175,7 +175,7 @@ void encode_bands(const StoredSide& side, const Run& run, int64_t first, int64_t
         const Vec shrink = splat(side.stretch[256 + stretch]);
         uint8_t* codes = s.codes;
         for (int b = 0; b < side.bands_count; ++b) {
-            const Band& band = side.bands[b];
+            const StoredBand& band = side.bands[b];
             const int levels = (1 << band.bits) - 1;
             const Vec half = splat(static_cast<float>(levels) / 2), most = splat(static_cast<float>(levels));
             for (int64_t i = 0; i < band.dims; i += kLanes) {
@@ -340,10 +340,19 @@ void decode(const StoredSide& side, Number to, bool turned, const Run& run, floa
     }
 }
 
+void hadamard_rows(const float* from, float* to, int64_t count, int64_t dim, int64_t block, float* line) {
+    const float factor = 1.0F / __builtin_sqrtf(static_cast<float>(block));
+    for (int64_t r = 0; r < count; ++r) {
+        __builtin_memcpy(line, from + r * dim, static_cast<size_t>(dim) * sizeof(float));
+        hadamard(line, dim, block, factor);
+        __builtin_memcpy(to + r * dim, line, static_cast<size_t>(dim) * sizeof(float));
+    }
+}
+
 }  // namespace
 
 #define KVFOLD_TEXT(name) #name
 #define KVFOLD_NAME(name) KVFOLD_TEXT(name)
-const StoreVariant store_variant = {KVFOLD_NAME(KVFOLD_ISA), encode, decode};
+const StoreVariant store_variant = {KVFOLD_NAME(KVFOLD_ISA), encode, decode, hadamard_rows};
 
 }  // namespace kvfold::KVFOLD_ISA

@@ -163,6 +163,10 @@ size_t scratch_of(const Call& call) {
     return head.end + static_cast<size_t>(smaller(call.heads, kMostHeads)) * own.used;
 }
 
+bool any_channels(const Call& call) {
+    return call.keys[0]->meta == Meta::channels || call.keys[call.parts - 1]->meta == Meta::channels;
+}
+
 // Tiles that memory is asked for ahead of their turn.
 constexpr int64_t kAhead = 2;
 
@@ -170,7 +174,7 @@ template <typename Keys, typename Values>
 void walk_pages(const Call& call, const Walk& walk, void* scratch) {
     using AHead = Head<Keys, Values>;
     // What is unpacked to floats should stay in the nearest cache; scales of channels are good for one page.
-    const bool floats = !keys_fit(call) || !values_fit(call), channels = call.keys[0]->meta == Meta::channels;
+    const bool floats = !keys_fit(call) || !values_fit(call), channels = any_channels(call);
     Bump nothing{nullptr};
     Bump own{static_cast<uint8_t*>(scratch), AHead(call, walk.rows, nothing, Bump{nullptr}).end};
     alignas(AHead) uint8_t heads_memory[kMostHeads * sizeof(AHead)];

@@ -68,7 +68,7 @@ class Paged:
         addr = self.addr[..., pages] + self.shift
         return self.store.read_k(addr), self.store.read_v(addr)
 
-    def truth(self, i: int) -> tuple[Tensor, Tensor]:
+    def truth(self, i: int, softcap: float | None = None) -> tuple[Tensor, Tensor]:
         """Float32 attention on what the pages hold, decoded in float32."""
         heads, pages = self.addr.shape[1:]
         addr = (self.addr[i] + self.shift).reshape(-1)
@@ -81,6 +81,7 @@ class Paged:
             self.q[i].flatten(0, 1)[None], *wide, table=torch.arange(heads * pages).view(heads, pages),
             block_index=torch.arange(pages), length=self.lengths[i], q_pos=torch.tensor([self.lengths[i]]),
             bias=self.bias[i].view(pages, -1), scale=self.q.shape[-1] ** -0.5, causal=True,
+            softcap=softcap,
         )  # fmt: skip
         return o.view(heads, -1, o.shape[-1]), lse.view(heads, -1)
 

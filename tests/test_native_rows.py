@@ -4,6 +4,7 @@ everywhere, and no byte touched that is not its own.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 from kvfold.codecs import affine, channels
 from kvfold.codecs.calibrated import CalibratedBasis
 from kvfold.codecs.pages import PageStore, copy_blocks, seal, unseal, zero_blocks
+from kvfold.codecs.rotation import Rotation
 from kvfold.formats import BandFormat, PageFormat, VectorFormat
 from kvfold.kernels import cpu
 from kvfold.kernels.cpu.rows import row_variants
@@ -553,3 +555,32 @@ def test_channels_module_is_the_oracle_of_the_bound() -> None:
     _, meta = channels.encode(k, side)
     found = twins.native.read_k(twins.addr).view_as(k)
     assert bool(((found - k).abs() <= channels.error_bound(meta, side) * 1.001 + k.abs() * 2.0**-20).all())
+
+
+@pytest.mark.parametrize("dim", [2, 20, 64, 80, 96, 128, 192, 256, 1024])
+def test_queries_are_rotated_as_rows_are(dim: int) -> None:
+    rotation = Rotation(VectorFormat(dim, 4, quantized=True, group=dim, rotation="hadamard"))
+    x = torch.randn(3, 5, dim)
+    assert torch.allclose(rotation.query(x, 0), rotation.apply(x), atol=1e-5)
+    assert torch.allclose(rotation.output(rotation.query(x.transpose(0, 1), 0), 0), x.transpose(0, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 15])
+def test_small_blocks_with_scales_of_channels_are_read_in_a_fresh_thread(size: int) -> None:
+    """A thread's scratch only grows: what an earlier call left would hide that it is too small."""
+    keys = VectorFormat(64, 4, quantized=True, group=64, rotation="hadamard", scales="channel")
+    fmt = PageFormat(size, keys, VectorFormat(64, 8, quantized=True, group=64, rotation="hadamard"))
+    store = PageStore(torch.zeros(4 * fmt.page_bytes, dtype=torch.uint8), fmt, torch.float32)
+    addr = torch.arange(4) * fmt.page_bytes
+    found = []
+
+    def work() -> None:
+        store.write_pages(addr, torch.randn(4, size, 64), torch.randn(4, size, 64))
+        found.append(store.decode_pages(addr))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert all(
+        torch.allclose(a, b, atol=1e-4) for a, b in zip(found[0], store.plain.decode_pages(addr, None), strict=True)
+    )

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from kvfold.bench.stream import stream_read_gb_s
+from kvfold.bench.stream import Stream
 from kvfold.codecs.pages import PageStore
 from kvfold.formats import PageFormat, VectorFormat
 from kvfold.kernels import triton
@@ -81,7 +81,7 @@ def truth(call: PagesCall) -> Tensor:
     """Float32 attention of the first sequence over what its pages hold, decoded in float32."""
     store = PageStore(call.arena, call.fmt, torch.bfloat16)
     wide = torch.float32 if call.fmt.k.quantized else torch.bfloat16
-    k, v = (side.read(call.addr[0], wide).double() for side in (store._k, store._v))
+    k, v = (side.read(call.addr[0], wide).double() for side in (store.plain.k, store.plain.v))
     return torch.softmax(call.q[0].double() @ k.mT * call.scale, -1) @ v
 
 
@@ -143,7 +143,8 @@ def rivals(at: Setting) -> dict[str, tuple[float, float]]:
 
 def rows(at: Setting, recipes: list[str]) -> list[dict[str, object]]:
     unpack = next(i.run for i in full_registry().implementations("attend_pages") if i.name == "unpack")
-    stream = stream_read_gb_s(torch.device("cuda"))
+    yardstick = Stream(torch.device("cuda"))
+    stream = max(yardstick.read() for _ in range(5))
     dense_bytes = at.batch * at.heads * at.context * at.dim * 4
     base = {"head_dim": at.dim, "group": at.group, "kv_heads": at.heads, "context": at.context, "batch": at.batch}
     timed: list[tuple[str, float, float, int]] = []

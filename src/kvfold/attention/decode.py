@@ -64,7 +64,7 @@ def _nothing_seen(q: Tensor, like: Piece) -> Piece:
 
 
 def _put(total: Piece, rows: Tensor, part: Piece) -> Piece:
-    return total[0].index_copy(0, rows, part[0]), total[1].index_copy(0, rows, part[1])
+    return total[0].index_copy_(0, rows, part[0]), total[1].index_copy_(0, rows, part[1])
 
 
 def _attend_piece(q: Tensor, layer_in_group: int, piece: PagePiece, call: LayerCall, registry: OpRegistry) -> Piece:
@@ -88,8 +88,9 @@ def _attend_piece(q: Tensor, layer_in_group: int, piece: PagePiece, call: LayerC
         softcap=call.softcap,
         latent=call.latent is not None,
     )
+    learns = q.requires_grad and torch.is_grad_enabled()
     # What a kernel can take hangs on these, and is the same in every layer and step.
-    alike = (piece.store, queries * group, piece.bias is None, call.softcap, call.latent is None, q.requires_grad)
+    alike = (piece.store, queries * group, piece.bias is None, call.softcap, call.latent is None, learns)
     o, lse = registry.select("attend_pages", pages, alike).run(pages)
     if queries > 1:
         o = o.view(lists, kv_heads, queries, group, -1).transpose(1, 2)

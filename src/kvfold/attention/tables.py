@@ -106,13 +106,15 @@ def group_pages(group: LayerGroup, arena: Tensor, dtype: torch.dtype, calibratio
 class _Part:
     """Pages of one state for sequences ``members [n]`` of the step, whose queries are ``rows`` (None: all, in order).
 
-    ``pos [n, P * S]``: positions of the tokens; None where no query is ever to be kept from one.
+    ``pos [n, P * S]``: positions of the tokens; None where what is hidden does not hang on the queries: ``bias``, then,
+    hides padding for good.
     """
 
     members: np.ndarray
     rows: Tensor | None
     addr: Tensor
-    pos: Tensor | None
+    pos: Tensor | None = None
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +152,7 @@ class DecodeTables:
         for run in runs:
             offset = blocks[int(run.members[0])].offset[run.first : run.last]
             rows = self._rows(run.members, len(blocks))
-            shared.append(_Part(run.members, rows, self._group.addresses(store, offset[None]), None))
+            shared.append(_Part(run.members, rows, self._group.addresses(store, offset[None])))
             done[run.members] = run.last
         buckets: dict[int, list[int]] = {}
         for i, each in enumerate(blocks):
@@ -179,12 +181,17 @@ class DecodeTables:
             n = block.offset.size
             offset[i, :n], start[i, :n] = block.offset, block.start
             offset[i, n:] = block.offset[0]  # padding reads the sequence's own memory, never a neighbour's
-        padded = any(block.offset.size < widest for block in blocks)
-        pos = None
-        if store is self._group.raw or padded or self._group.window is not None:
+        addr = self._group.addresses(store, offset)
+        if store is self._group.raw or self._group.window is not None:
             pos = torch.from_numpy((start[:, :, None] + np.arange(size)).reshape(len(blocks), -1))
-            pos = pos.to(store.arena.device)
-        return _Part(members, rows, self._group.addresses(store, offset), pos)
+            return _Part(members, rows, addr, pos=pos.to(store.arena.device))
+        # Sealed blocks lie before every query: of them only padding is hidden.
+        bias = None
+        if (start == _FAR).any():
+            bias = torch.zeros(len(blocks), widest, dtype=torch.float32)
+            bias = bias.masked_fill_(torch.from_numpy(start == _FAR), HIDDEN).repeat_interleave(size, dim=1)
+            bias = bias.to(store.arena.device)
+        return _Part(members, rows, addr, bias=bias)
 
     def at(self, positions: np.ndarray) -> tuple[StateWalk, ...]:
         """The walks, with masks: ``positions [n]`` are the last ones that the queries of each sequence may see in its
@@ -201,7 +208,7 @@ class DecodeTables:
         )
 
     def _piece(self, store: PageStore, part: _Part, seen: Tensor) -> PagePiece:
-        bias = None
+        bias = part.bias
         if part.pos is not None:
             window, chunked = self._group.window, self._group.kind == "chunked"
             query = seen if part.rows is None else seen[part.members]

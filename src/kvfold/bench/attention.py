@@ -32,7 +32,7 @@ GATE = 2e-3
 _ROUNDED_GATE = 0.03  # of the path through torch, which rounds what it unpacks to the model's dtype
 _RIVAL_GATE = 0.2  # rivals round scores, probabilities and outputs to bfloat16; sharp heads feel that
 _FEWEST = 3
-_PAUSE_S = 0.03  # OpenMP's threads spin for some 15 ms after their work, on cores that others then have to share
+_PAUSE_S = 0.03  # where nobody bounds it, OpenMP's threads spin for some 15 ms after their work, on cores of others
 
 Say = Callable[[str], None]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvfold.formats import VectorFormat
+from kvfold.kernels.cpu import rows
 from kvfold.kernels.cpu.rows import Turn
 
 
@@ -122,11 +123,18 @@ class Rotation:
 
     def query(self, q: Tensor, layer: int) -> Tensor:
         """See `Basis`."""
-        return self.apply(q)
+        return self._turned(q)
 
     def offset(self, q: Tensor, layer: int) -> None:
         """See `Basis`."""
 
     def output(self, o: Tensor, layer: int) -> Tensor:
         """See `Basis`."""
-        return self.undo(o)
+        return self._turned(o)
+
+    def _turned(self, x: Tensor) -> Tensor:
+        """`apply` for a step's few vectors, natively where that can be; the blocks are their own inverses."""
+        learns = x.requires_grad and torch.is_grad_enabled()
+        if self.is_identity or x.dtype != torch.float32 or learns or not x.numel() or rows.refuses(x) is not None:
+            return self.apply(x)
+        return rows.hadamard(x, hadamard_block(self.dim))

@@ -13,8 +13,8 @@ __all__ = ["RAW_ROWS", "full_registry"]
 
 RAW_ROWS = 16
 """Rows of queries for which a list of raw pages is walked where it lies. For more it is gathered: dense products of
-matrices then gain more than the copy costs (with AMX: 1.5 times at 32 rows, 3 times at 128). Packed pages are walked
-for any number of rows, since unpacking costs more.
+matrices then gain more than the copy costs (`kvfold bench attention --group 32 --recipes raw`). Packed
+pages are walked for any number of rows, since unpacking costs more.
 """
 
 
@@ -30,10 +30,10 @@ def full_registry() -> OpRegistry:
 
 
 def _native_refuses(call: PagesCall) -> str | None:
-    rows = call.q.shape[2]
-    if rows > RAW_ROWS and not (call.fmt.k.quantized or call.fmt.v.quantized) and call.q.device.type == "cpu":
+    rows, reason = call.q.shape[2], cpu.refuses(call)
+    if reason is None and rows > RAW_ROWS and not (call.fmt.k.quantized or call.fmt.v.quantized):
         return f"raw pages are faster gathered for {rows} rows of queries, more than {RAW_ROWS}"
-    return cpu.refuses(call)
+    return reason
 
 
 def _runs_anywhere(call: PagesCall) -> str | None:

@@ -19,7 +19,7 @@ from kvfold.kernels import cpu
 from kvfold.kernels.cpu.threads import thread_count
 from kvfold.kernels.runs import TokenRuns
 
-__all__ = ["NativePages", "SideCode", "Turn", "copy_blocks", "refuses", "row_variants", "zero_blocks"]
+__all__ = ["NativePages", "SideCode", "Turn", "copy_blocks", "hadamard", "refuses", "row_variants", "zero_blocks"]
 
 # As in csrc/store.hpp.
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -85,6 +85,18 @@ def zero_blocks(arena: Tensor, offset: Tensor, block_bytes: int) -> None:
     native = import_module("kvfold.kernels.cpu._native")
     offset = _table(offset)
     native.zero_blocks(arena.data_ptr(), arena.numel(), offset.data_ptr(), offset.numel(), block_bytes, thread_count())
+
+
+def hadamard(x: Tensor, block: int) -> Tensor:
+    """Float32 rows ``x [..., dim]`` on the CPU with their blocks of ``block`` (a power of two that divides ``dim``)
+    transformed. On the calling thread: a step's queries are few, and waking others takes longer.
+    """
+    native = import_module("kvfold.kernels.cpu._native")
+    rows = x.contiguous()
+    out = torch.empty_like(rows)
+    dim = rows.shape[-1]
+    native.hadamard(rows.data_ptr(), out.data_ptr(), rows.numel() // dim, dim, block, 0)
+    return out
 
 
 class NativePages:
