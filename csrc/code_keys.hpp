@@ -136,7 +136,7 @@ class CodeKeys {
         for (int64_t i = 0; i < padded_; ++i) {
             const int64_t d = dim_of_[i];
             const auto bits = [&](int64_t at) {
-                return d < 0 ? 0U : static_cast<uint32_t>(load_unaligned<uint16_t>(meta + 2 * (at + d))) << 16;
+                return d < 0 ? 0U : static_cast<uint32_t>(load_as<uint16_t>(meta + 2 * (at + d))) << 16;
             };
             by_[i] = __builtin_bit_cast(float, bits(0));
             share_[i] = __builtin_bit_cast(float, bits(stored));
@@ -159,7 +159,7 @@ class CodeKeys {
                 for (int64_t i = 0; i < depth_; i += kLanes) {
                     const Vec loss = split(load(line_ + i), splat(step_[at]), splat(inverse), high + i,
                                            high + blocks_.each * depth_ + i);
-                    lost += loss * load_unaligned<Vec>(middle_ + g * width_ + i);
+                    lost += loss * load_as<Vec>(middle_ + g * width_ + i);
                 }
                 lost_[at] = _mm512_reduce_add_ps(lost);
             }

@@ -104,7 +104,7 @@ KVFOLD_INLINE void block_products(const int8_t* a, int64_t a_stride, const uint3
         for (int n = 0; n < N; ++n) column[n] = _mm512_load_si512(b + k / 4 * b_stride + 16 * n);
         KVFOLD_UNROLL
         for (int m = 0; m < M; ++m) {
-            const __m512i four = _mm512_set1_epi32(load_unaligned<int32_t>(a + m * a_stride + k));
+            const __m512i four = _mm512_set1_epi32(load_as<int32_t>(a + m * a_stride + k));
             KVFOLD_UNROLL
             for (int n = 0; n < N; ++n) sum[m][n] = _mm512_dpbusd_epi32(sum[m][n], column[n], four);
         }

@@ -38,6 +38,7 @@ bool tile_feature() {
 constexpr Feature kFeatures[] = {
     KVFOLD_FEATURE("avx2"),
     KVFOLD_FEATURE("fma"),
+    KVFOLD_FEATURE("f16c"),
     KVFOLD_FEATURE("avx512f"),
     KVFOLD_FEATURE("avx512bw"),
     KVFOLD_FEATURE("avx512vl"),

@@ -23,10 +23,10 @@ KVFOLD_INLINE Vec half_to_float(Words bits) {
 template <Storage S>
 KVFOLD_INLINE void load_pair(const uint8_t* row, int64_t d, Vec& a, Vec& b) {
     if constexpr (S == Storage::f32) {
-        a = load_unaligned<Vec>(row + 4 * d);
-        b = load_unaligned<Vec>(row + 4 * (d + kLanes));
+        a = load_as<Vec>(row + 4 * d);
+        b = load_as<Vec>(row + 4 * (d + kLanes));
     } else if constexpr (S == Storage::bf16) {
-        const auto both = load_unaligned<Words>(row + 2 * d);
+        const auto both = load_as<Words>(row + 2 * d);
         a = reinterpret_cast<Vec>(both << 16);
         b = reinterpret_cast<Vec>(both & 0xFFFF0000U);
     } else {
@@ -45,8 +45,8 @@ KVFOLD_INLINE int64_t dim_at(Storage storage, int64_t i) {
 // --------------------------------------------------------------------------------------------------------- decoding
 
 KVFOLD_INLINE float raw_number(Storage storage, const uint8_t* row, int64_t d) {
-    if (storage == Storage::f32) return load_unaligned<float>(row + 4 * d);
-    const auto bits = static_cast<uint32_t>(load_unaligned<uint16_t>(row + 2 * d));
+    if (storage == Storage::f32) return load_as<float>(row + 4 * d);
+    const auto bits = static_cast<uint32_t>(load_as<uint16_t>(row + 2 * d));
     if (storage == Storage::bf16) return __builtin_bit_cast(float, bits << 16);
     return half_to_float(Words{} + bits)[0];
 }
@@ -60,7 +60,7 @@ KVFOLD_INLINE void unpack_band(const uint8_t* row, int64_t plane, float* __restr
         const IntVec bytes = widen_bytes(row + i);
         KVFOLD_UNROLL
         for (int p = 0; p < 8 / Bits; ++p) {
-            store_unaligned(out + p * plane + i, __builtin_convertvector((bytes >> (p * Bits)) & kMask, Vec));
+            store_as(out + p * plane + i, __builtin_convertvector((bytes >> (p * Bits)) & kMask, Vec));
         }
     }
     for (; i < plane; ++i) {
@@ -70,7 +70,7 @@ KVFOLD_INLINE void unpack_band(const uint8_t* row, int64_t plane, float* __restr
 }
 
 KVFOLD_INLINE float bf16_at(const uint8_t* p) {
-    return __builtin_bit_cast(float, static_cast<uint32_t>(load_unaligned<uint16_t>(p)) << 16);
+    return __builtin_bit_cast(float, static_cast<uint32_t>(load_as<uint16_t>(p)) << 16);
 }
 
 // One row of codes, scales and zeros applied: [stored_dim] floats.
@@ -143,7 +143,7 @@ KVFOLD_INLINE void dot_rows(const float* q, const uint8_t* const* rows, int64_t 
         for (int g = 0; g < G; ++g) {
             float* to = scores + g * kTile + t;
             Vec4 four = folded<Sum, 4>(sum[g]);
-            if (add) four += load_unaligned<Vec4>(to);
+            if (add) four += load_as<Vec4>(to);
             __builtin_memcpy(to, &four, sizeof four);
         }
     }

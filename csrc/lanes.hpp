@@ -1,76 +1,19 @@
-// Vectors of KVFOLD_LANES floats, their sums, exp and tanh: what the kernel is made of. Compiled once for each instruction
-// set.
-//
-// It includes nothing that defines inline functions outside the anonymous namespace: the linker keeps one copy of
-// such a function, and that copy might be the one compiled for instructions this processor lacks.
+// Sums, exp and tanh of vectors of floats: what the kernel that attends is made of, by the rule of vectors.hpp.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
-
-#if defined(__AVX2__)
-#include <immintrin.h>  // only intrinsics, which are always inlined
-#endif
+#include "vectors.hpp"
 
 namespace kvfold::KVFOLD_ISA {
 namespace {
 
-constexpr int kLanes = KVFOLD_LANES;
-
-typedef float Vec __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
-typedef int32_t IntVec __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
-typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
-#if !defined(__AVX2__)
-typedef uint16_t Shorts __attribute__((vector_size(kLanes * sizeof(uint16_t))));
-typedef uint8_t Bytes __attribute__((vector_size(kLanes * sizeof(uint8_t))));
-#endif
 typedef float Vec4 __attribute__((vector_size(4 * sizeof(float)), may_alias));
 
-#define KVFOLD_INLINE inline __attribute__((always_inline))
 // Before a loop with few and constant turns, whose arrays are meant to be registers.
 #define KVFOLD_UNROLL _Pragma("GCC unroll 16")
 
 KVFOLD_INLINE Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 KVFOLD_INLINE void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
-KVFOLD_INLINE Vec splat(float x) { return x - Vec{}; }
 KVFOLD_INLINE IntVec splat_int(int32_t x) { return x - IntVec{}; }
-
-template <typename T>
-KVFOLD_INLINE T load_unaligned(const void* p) {
-    T value;
-    __builtin_memcpy(&value, p, sizeof value);
-    return value;
-}
-
-template <typename T>
-KVFOLD_INLINE void store_unaligned(float* p, T value) {
-    __builtin_memcpy(p, &value, sizeof value);
-}
-
-// Bytes or shorts as integers, one a lane. GCC 12 moves what __builtin_convertvector widens by four lane by lane, so
-// the x86 builds name the instruction.
-#if defined(__AVX512F__)
-KVFOLD_INLINE IntVec widen_bytes(const uint8_t* p) {
-    return reinterpret_cast<IntVec>(_mm512_cvtepu8_epi32(load_unaligned<__m128i>(p)));
-}
-KVFOLD_INLINE Words widen_shorts(const uint8_t* p) {
-    return reinterpret_cast<Words>(_mm512_cvtepu16_epi32(load_unaligned<__m256i>(p)));
-}
-#elif defined(__AVX2__)
-KVFOLD_INLINE IntVec widen_bytes(const uint8_t* p) {
-    return reinterpret_cast<IntVec>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-}
-KVFOLD_INLINE Words widen_shorts(const uint8_t* p) {
-    return reinterpret_cast<Words>(_mm256_cvtepu16_epi32(load_unaligned<__m128i>(p)));
-}
-#else
-KVFOLD_INLINE IntVec widen_bytes(const uint8_t* p) {
-    return __builtin_convertvector(load_unaligned<Bytes>(p), IntVec);
-}
-KVFOLD_INLINE Words widen_shorts(const uint8_t* p) {
-    return __builtin_convertvector(load_unaligned<Shorts>(p), Words);
-}
-#endif
 
 // ------------------------------------------------------------------------------------------------- sums and exp
 

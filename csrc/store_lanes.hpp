@@ -1,48 +1,17 @@
 // Vectors of KVFOLD_LANES floats for the kernels in store_rows.cpp: how numbers become floats in them and back, what
 // the instruction sets name differently, and sums over lanes. Compiled with them once for each instruction set.
-//
-// It includes nothing that defines inline functions outside the anonymous namespace: the linker keeps one copy of
-// such a function, and that copy might be the one compiled for instructions this processor lacks.
 #pragma once
 
 #include "store.hpp"
-
-#if defined(__AVX2__)
-#include <immintrin.h>  // only intrinsics, which are always inlined
-#endif
+#include "vectors.hpp"
 
 namespace kvfold::KVFOLD_ISA {
 namespace {
 
-constexpr int kLanes = KVFOLD_LANES;
-
-typedef float Vec __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
-typedef int32_t IntVec __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
-typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
-#if !defined(__AVX2__)
-typedef uint16_t Shorts __attribute__((vector_size(kLanes * sizeof(uint16_t))));
-typedef uint8_t Bytes __attribute__((vector_size(kLanes * sizeof(uint8_t))));
-#endif
-
-#define KVFOLD_INLINE inline __attribute__((always_inline))
-
 KVFOLD_INLINE int64_t padded(int64_t n) { return (n + kRowPad - 1) / kRowPad * kRowPad; }
-
-template <typename T>
-KVFOLD_INLINE T load_as(const void* p) {
-    T value;
-    __builtin_memcpy(&value, p, sizeof value);
-    return value;
-}
-
-template <typename T>
-KVFOLD_INLINE void store_as(void* p, T value) {
-    __builtin_memcpy(p, &value, sizeof value);
-}
 
 KVFOLD_INLINE Vec load(const float* p) { return load_as<Vec>(p); }
 KVFOLD_INLINE void store(float* p, Vec v) { store_as(p, v); }
-KVFOLD_INLINE Vec splat(float x) { return x - Vec{}; }
 KVFOLD_INLINE Words words(Vec v) { return reinterpret_cast<Words>(v); }
 KVFOLD_INLINE Vec floats(Words w) { return reinterpret_cast<Vec>(w); }
 KVFOLD_INLINE Words either(IntVec mask, Words yes, Words no) {
@@ -58,12 +27,6 @@ KVFOLD_INLINE Vec smaller(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 KVFOLD_INLINE Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 KVFOLD_INLINE Vec fused(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 KVFOLD_INLINE IntVec truncated(Vec v) { return reinterpret_cast<IntVec>(_mm512_cvttps_epi32(v)); }
-KVFOLD_INLINE IntVec widen_bytes(const uint8_t* p) {
-    return reinterpret_cast<IntVec>(_mm512_cvtepu8_epi32(load_as<__m128i>(p)));
-}
-KVFOLD_INLINE Words widen_shorts(const void* p) {
-    return reinterpret_cast<Words>(_mm512_cvtepu16_epi32(load_as<__m256i>(p)));
-}
 KVFOLD_INLINE void store_bytes(uint8_t* p, IntVec v) { store_as(p, _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(v))); }
 KVFOLD_INLINE void store_shorts(void* p, Words v) { store_as(p, _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(v))); }
 KVFOLD_INLINE Vec from_half(const void* p) { return _mm512_cvtph_ps(load_as<__m256i>(p)); }
@@ -73,12 +36,6 @@ KVFOLD_INLINE Vec smaller(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 KVFOLD_INLINE Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 KVFOLD_INLINE Vec fused(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 KVFOLD_INLINE IntVec truncated(Vec v) { return reinterpret_cast<IntVec>(_mm256_cvttps_epi32(v)); }
-KVFOLD_INLINE IntVec widen_bytes(const uint8_t* p) {
-    return reinterpret_cast<IntVec>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-}
-KVFOLD_INLINE Words widen_shorts(const void* p) {
-    return reinterpret_cast<Words>(_mm256_cvtepu16_epi32(load_as<__m128i>(p)));
-}
 KVFOLD_INLINE __m128i narrow_words(Words v) {
     const auto wide = reinterpret_cast<__m256i>(v);
     return _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
@@ -95,8 +52,6 @@ KVFOLD_INLINE Vec smaller(Vec a, Vec b) { return either(a < b, a, b); }
 KVFOLD_INLINE Vec larger(Vec a, Vec b) { return either(a > b, a, b); }
 KVFOLD_INLINE Vec fused(Vec a, Vec b, Vec c) { return a * b + c; }
 KVFOLD_INLINE IntVec truncated(Vec v) { return __builtin_convertvector(v, IntVec); }
-KVFOLD_INLINE IntVec widen_bytes(const uint8_t* p) { return __builtin_convertvector(load_as<Bytes>(p), IntVec); }
-KVFOLD_INLINE Words widen_shorts(const void* p) { return __builtin_convertvector(load_as<Shorts>(p), Words); }
 KVFOLD_INLINE void store_bytes(uint8_t* p, IntVec v) { store_as(p, __builtin_convertvector(v, Bytes)); }
 KVFOLD_INLINE void store_shorts(void* p, Words v) { store_as(p, __builtin_convertvector(v, Shorts)); }
 // Half to float by one multiplication, which also makes subnormals right; infinities and NaN keep their exponent.

@@ -7,6 +7,7 @@
 #include <new>
 #include <vector>
 
+#include "cpu_features.hpp"
 #include "thread_pool.hpp"
 #include "thread_scratch.hpp"
 
@@ -268,13 +269,11 @@ const StoreVariant* const* store_variants(size_t* count) {
     static const std::vector<const StoreVariant*> usable = [] {
         std::vector<const StoreVariant*> found;
 #ifdef KVFOLD_X86
-        __builtin_cpu_init();
-        const bool avx2_here =
-            __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-        if (avx2_here && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-            found.push_back(&avx512::store_variant);
-        }
+        const auto here = [](std::initializer_list<const char*> names) {
+            return std::all_of(names.begin(), names.end(), has_feature);
+        };
+        const bool avx2_here = here({"avx2", "fma", "f16c"});
+        if (avx2_here && here({"avx512f", "avx512bw", "avx512vl", "avx512dq"})) found.push_back(&avx512::store_variant);
         if (avx2_here) found.push_back(&avx2::store_variant);
 #endif
         found.push_back(&baseline::store_variant);

@@ -1,6 +1,6 @@
 // Runs of rows from numbers to stored rows and back. This file is compiled once for each instruction set, with
 // KVFOLD_ISA naming the namespace and KVFOLD_LANES the floats in a vector; store_pages.cpp picks one at run time. What
-// it includes keeps to the rule of store_lanes.hpp.
+// it includes keeps to the rule of vectors.hpp.
 #include "store_codes.hpp"
 #include "store_turn.hpp"
 

@@ -1,5 +1,5 @@
 // The builds of the kernel and what this processor lacks for them. (The kernel's own header stays free of the standard
-// library's templates: see lanes.hpp.)
+// library's templates: see vectors.hpp.)
 #pragma once
 
 #include <string>

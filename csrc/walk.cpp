@@ -1,6 +1,6 @@
 // The kernel itself: a walk over pages with an online softmax. This file is compiled once for each instruction set, with
 // KVFOLD_ISA naming the namespace and KVFOLD_LANES the floats in a vector; attend_pages.cpp picks one at run time. What
-// it includes keeps to the rule of lanes.hpp.
+// it includes keeps to the rule of vectors.hpp.
 #include <new>  // placement new: the one inline function from outside, and one without instructions
 
 #include "float_rows.hpp"

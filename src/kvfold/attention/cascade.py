@@ -13,8 +13,8 @@ __all__ = ["CASCADE_BYTES", "SharedRun", "shared_runs"]
 CASCADE_BYTES = 4 << 20
 """A run of pages is walked apart for its sharers where that saves a layer this many bytes of reading.
 
-A further walk costs a layer a call of the kernel, its queries put together and its results merged: about as long as
-two cores read two or three MiB (`kvfold bench attention --shared-prefix` times walks alone).
+A further walk costs a layer a call of the kernel, its queries put together and its results merged, which what
+it saves must outweigh (`kvfold bench attention --shared-prefix` times walks alone).
 """
 
 

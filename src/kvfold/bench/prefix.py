@@ -102,10 +102,11 @@ def bench_prefix(
     differences: dict[str, float] = {}
     with torch.inference_mode():
         q = draw(replace(shape, context=1), device, dtype, seed).q
+        alone = replace(shape, batch=1)
+        prefix = draw(alone, device, dtype, seed)
         for name in recipes:
             say(f"filling and checking {name}")
-            alone = replace(shape, batch=1)
-            codes = PagedCodes(Recipe.parse(name), alone, draw(alone, device, dtype, seed))
+            codes = PagedCodes(Recipe.parse(name), alone, prefix)
             check(name, codes, codes.truth())
             each, once = (_Walk(codes, q, once=once) for once in (False, True))
             walks |= {f"{name} each": each, f"{name} once": once}

@@ -12,9 +12,9 @@ from kvfold.kernels.registry import OpRegistry
 __all__ = ["RAW_ROWS", "full_registry"]
 
 RAW_ROWS = 64
-"""Rows of queries for which a list of raw pages is walked where it lies. For more it is gathered: dense products of
-matrices then gain more than the copy costs (`kvfold bench attention --group 32 --recipes raw`). Packed
-pages are walked for any number of rows, since unpacking costs more.
+"""Rows of queries for which a list of raw pages is walked where it lies. For more it is gathered: at so many
+rows the dense products of matrices make up for the copy. Packed pages are walked for any number, since unpacking costs
+more.
 """
 
 

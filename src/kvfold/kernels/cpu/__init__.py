@@ -19,7 +19,7 @@ from kvfold.formats import BandFormat, PageFormat, VectorFormat
 from kvfold.kernels.cpu.threads import thread_count
 from kvfold.kernels.pages import PagesCall
 
-__all__ = ["attend", "available", "builds", "features", "refuses", "variants", "wake_seconds"]
+__all__ = ["attend", "available", "builds", "extension", "features", "refuses", "variants", "wake_seconds"]
 
 # As in csrc/attend_pages.hpp.
 _RAW = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -47,6 +47,14 @@ def available() -> str | None:
     """Why the native kernel cannot be used here; None if it can."""
     loaded = _load()
     return loaded if isinstance(loaded, str) else None
+
+
+def extension() -> ModuleType:
+    """The extension itself. UnsupportedError if it is not there."""
+    loaded = _load()
+    if isinstance(loaded, str):
+        raise UnsupportedError("the native kernels", [loaded])
+    return loaded
 
 
 def variants() -> tuple[str, ...]:

@@ -7,7 +7,6 @@ in another order. Every address and slot is checked before anything is written.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -54,7 +53,7 @@ class SideCode:
 
 
 def _native() -> ModuleType | None:
-    return None if cpu.available() else import_module("kvfold.kernels.cpu._native")
+    return None if cpu.available() else cpu.extension()
 
 
 def row_variants() -> tuple[str, ...]:
@@ -70,7 +69,7 @@ def refuses(arena: Tensor) -> str | None:
 
 def copy_blocks(arena: Tensor, src: Tensor, dst: Tensor, block_bytes: int) -> None:
     """See `kvfold.codecs.pages.copy_blocks`."""
-    native = import_module("kvfold.kernels.cpu._native")
+    native = cpu.extension()
     src, dst = _table(src), _table(dst)
     if src.shape != dst.shape:
         raise ValueError(f"{src.numel()} blocks cannot be copied to {dst.numel()}")
@@ -82,7 +81,7 @@ def copy_blocks(arena: Tensor, src: Tensor, dst: Tensor, block_bytes: int) -> No
 
 def zero_blocks(arena: Tensor, offset: Tensor, block_bytes: int) -> None:
     """See `kvfold.codecs.pages.zero_blocks`."""
-    native = import_module("kvfold.kernels.cpu._native")
+    native = cpu.extension()
     offset = _table(offset)
     native.zero_blocks(arena.data_ptr(), arena.numel(), offset.data_ptr(), offset.numel(), block_bytes, thread_count())
 
@@ -91,7 +90,7 @@ def hadamard(x: Tensor, block: int) -> Tensor:
     """Float32 rows ``x [..., dim]`` on the CPU with their blocks of ``block`` (a power of two that divides ``dim``)
     transformed. On the calling thread: a step's queries are few, and waking others takes longer.
     """
-    native = import_module("kvfold.kernels.cpu._native")
+    native = cpu.extension()
     rows = x.contiguous()
     out = torch.empty_like(rows)
     dim = rows.shape[-1]
@@ -117,7 +116,7 @@ class NativePages:
         variant: int = 0,
     ) -> None:
         """``dtypes``: of the model, and of what `read_k` and `read_v` return. Call `bind` next."""
-        native = import_module("kvfold.kernels.cpu._native")
+        native = cpu.extension()
         self._dtype, self._read_dtype = dtypes
         self._fmt = fmt
         self._heads, self._layers = heads, layers
@@ -128,7 +127,7 @@ class NativePages:
 
     def bind(self, arena: Tensor) -> None:
         """Move pages in this arena from now on."""
-        native = import_module("kvfold.kernels.cpu._native")
+        native = cpu.extension()
         fmt = self._fmt
         self._arena = arena
         self._store = native.make_store(fmt.block_size, fmt.page_bytes, *self._sides, arena.data_ptr(), arena.numel())
