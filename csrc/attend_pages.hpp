@@ -51,7 +51,7 @@ struct Side {
 struct Call {
     const float* q;        // [n, heads, rows, key dims], in the basis of the stored keys
     const uint8_t* arena;
-    const int64_t* pages;  // [n, heads, pages_per_seq]: byte offsets into the arena
+    const int64_t* pages;  // [n, heads, pages_per_seq]: byte offsets into the arena; with one head, -1 behind the last
     int64_t shift;         // added to every address: leads to the layer's own pages
     const float* bias;     // [n, pages_per_seq * block_size] added to the scores, or null
     float* out;            // [n, heads, rows, value.dim]

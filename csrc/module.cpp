@@ -104,14 +104,19 @@ T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-// Every page must lie in the arena: addresses come from tables, and a wrong one would be read all the same.
-void check_pages(const int64_t* pages, int64_t count, int64_t shift, int64_t page_bytes, int64_t arena_bytes) {
+// Every page must lie in the arena: addresses come from tables, and a wrong one would be read all the same. Lists of
+// `per_list` pages (0: none does) may end early, with -1.
+void check_pages(const int64_t* pages, int64_t count, int64_t shift, int64_t page_bytes, int64_t arena_bytes,
+                 int64_t per_list) {
     int64_t outside = 0;
     if (shift < -arena_bytes || shift > arena_bytes) {
         outside = count;
     } else {
         const int64_t lowest = -shift, highest = arena_bytes - page_bytes - shift;
-        for (int64_t i = 0; i < count; ++i) outside += pages[i] < lowest || pages[i] > highest;
+        for (int64_t i = 0; i < count; ++i) {
+            const bool ended = per_list > 0 && pages[i] == -1 && ((i + 1) % per_list == 0 || pages[i + 1] == -1);
+            outside += (pages[i] < lowest || pages[i] > highest) && !ended;
+        }
     }
     if (outside == 0) return;
     const std::string text = std::to_string(outside) + " of " + std::to_string(count) +
@@ -150,7 +155,8 @@ void attend_pages(const Layout& layout, bool latent, uintptr_t q, uintptr_t aren
                     .value = latent ? &layout.k : &layout.v,
                     .scale = scale,
                     .softcap = softcap};
-    check_pages(call.pages, table, shift, layout.page_bytes, arena_bytes);
+    // Heads that are walked side by side take turns, which they must have equally many of.
+    check_pages(call.pages, table, shift, layout.page_bytes, arena_bytes, heads == 1 && shift == 0 ? pages_per_seq : 0);
     nb::gil_scoped_release unlocked;
     kvfold::attend_pages(call, *usable[variant], threads);
 }

@@ -75,7 +75,9 @@ class Slots {
           last_(walk.last),
           page_(walk.first),
           slot_(0),
-          within_page_(within_page) {}
+          within_page_(within_page) {
+        while (last_ > page_ && pages_[last_ - 1] < 0) --last_;
+    }
 
     void next(Tile& tile) {
         tile.count = 0;

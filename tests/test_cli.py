@@ -110,7 +110,7 @@ def test_bench_decode_has_a_rival_and_a_limit(kvfold: Callable[..., Done]) -> No
     [
         (["generate", "x", "--recipe", "int5"], ["int5", "int4"]),
         (["generate", "x", "--recipe", "int4,recnt=3"], ["recnt", "recent"]),
-        (["generate", "x", "--recipe", "int4+snapkv(keep=0.5)"], ["snapkv"]),
+        (["generate", "x", "--recipe", "int4+snipkv(keep=0.5)"], ["snapkv"]),
         (["generate", "x", "--model", "/no/such/model"], ["/no/such/model", "hint"]),
         (["generate", "x", "--kv-memory", "10KiB"], ["block", "hint"]),
         (["generate", "x", "--kv-memory", "2 apples"], ["apples", "hint"]),

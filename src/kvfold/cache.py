@@ -2,21 +2,21 @@
 
 :class:`PagedCache` owns the arena and the books; :class:`Step` is one forward over some sequences: it takes every
 layer's new keys and values and answers every layer's attention. ``begin`` reserves blocks (all or nothing), ``commit``
-seals and releases them, ``abandon`` undoes the reservation.
+seals and releases them, ``abandon`` undoes the reservation; ``retain``, between steps, drops what the recipe's
+retention does not keep.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvfold.attention.pieces import LayerCall, StateWalk
+from kvfold.attention.pieces import StateWalk
 from kvfold.attention.prefill import FEW_TOKENS
-from kvfold.attention.rows import FewRows, PrefillRows, attend_rows
+from kvfold.attention.rows import FewRows, PrefillRows
 from kvfold.attention.tables import (
     Blocks,
     DecodeTables,
@@ -28,31 +28,20 @@ from kvfold.attention.tables import (
 )
 from kvfold.codecs.pages import PageStore, blank_arena, copy_blocks, seal, unseal, zero_blocks
 from kvfold.errors import UnsupportedError
+from kvfold.formats import TABLE_ENTRY_BYTES
 from kvfold.geometry import Geometry, LayerGroup
 from kvfold.kernels.catalog import full_registry
 from kvfold.memory.manager import CacheManager, GroupSpec, Reservation
 from kvfold.recipe import Recipe
+from kvfold.retainer import Retainer
+from kvfold.retention.build import build_method, refusals
+from kvfold.step import GroupStep, SequenceWork, Step, StepLayers
 
 __all__ = ["PagedCache", "SequenceWork", "Step", "group_spec"]
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceWork:
-    """``count`` new tokens of sequence ``seq`` in one step."""
-
-    seq: int
-    count: int
-
-
 _DecodeKey = tuple[tuple[int, int], ...]
 """(sequence, version of its table) of each decoding sequence."""
-
-
-@dataclass(frozen=True, slots=True)
-class _GroupStep:
-    writes: list[RowWrite]
-    few: list[FewRows]
-    prefill: list[PrefillRows]
 
 
 class PagedCache:
@@ -75,7 +64,7 @@ class PagedCache:
         prefix_caching: bool = True,
         window_margin: int = 0,
     ) -> None:
-        reasons = recipe.supports(geometry)
+        reasons = recipe.supports(geometry) + refusals(recipe, geometry)
         if reasons:
             raise UnsupportedError(f"recipe {recipe} on {geometry.model_type}", reasons)
         self.geometry = geometry
@@ -83,9 +72,8 @@ class PagedCache:
         self.dtype = dtype
         self.device = torch.device(device)
         self.groups: tuple[LayerGroup, ...] = geometry.groups(recipe, dtype.itemsize)
-        self.registry = full_registry()
-        self._slots = geometry.layer_slot(recipe)
-        specs = [group_spec(group, window_margin) for group in self.groups]
+        self._layers = StepLayers(geometry, geometry.layer_slot(recipe), full_registry())
+        specs = [group_spec(group, window_margin, recipe) for group in self.groups]
         growable = kv_memory is None
         first = 8 * sum(spec.raw_block_bytes + spec.packed_block_bytes for spec in specs)
         self.manager = CacheManager(
@@ -100,6 +88,10 @@ class PagedCache:
             self._arena = blank_arena(self.manager.arena.total_bytes, self.device)
             self._generation = self.manager.arena.generation
             self._pages = [group_pages(g, self._arena, dtype, recipe.calibration) for g in self.groups]
+        self.retainer: Retainer | None = None
+        if recipe.method is not None:
+            method = build_method(recipe.method)
+            self.retainer = Retainer(method, self.groups, self._pages, self.manager, self._sequence_pages)
         self._known: list[dict[int, tuple[int, SequencePages]]] = [{} for _ in self.groups]
         self._decode_tables: list[tuple[_DecodeKey, DecodeTables] | None] = [None] * len(self.groups)
 
@@ -113,11 +105,16 @@ class PagedCache:
 
     def fork(self, seq: int) -> int:
         """A sequence that shares every block of ``seq``; blocks are copied when one of them writes."""
-        return self.manager.fork(seq)
+        child = self.manager.fork(seq)
+        if self.retainer is not None:
+            self.retainer.fork(seq, child)
+        return child
 
     def free(self, seq: int) -> None:
         """Ends a sequence and gives its blocks back."""
         self.manager.free(seq)
+        if self.retainer is not None:
+            self.retainer.free(seq)
         for known in self._known:
             known.pop(seq, None)
 
@@ -134,6 +131,21 @@ class PagedCache:
                 packed = self._pages_of(job.group, pages.packed, "packed", [job.packed_id])
                 unseal(pages.packed, packed, pages.raw, self._pages_of(job.group, pages.raw, "raw", [job.raw_id]))
         self.manager.finish_unseals(unseals)
+        if self.retainer is not None:
+            self.retainer.truncate(seq, length)
+
+    def retain(self, seq: int) -> bool:
+        """Runs the recipe's retention on a sequence; whether anything was dropped. Its memory goes back at once.
+
+        CacheFullError, with the cache as it was, if there is no room for what is kept beside what it is chosen from;
+        UnsupportedError if the recipe has no retention.
+        """
+        if self.retainer is None:
+            raise UnsupportedError(f"retention under {self.recipe}", why="the recipe names no method")
+        try:
+            return self.retainer.run(seq)
+        finally:
+            self._follow_growth()
 
     def begin(self, work: Sequence[SequenceWork]) -> Step:
         """Reserves room for the new tokens of ``work`` (all or nothing: CacheFullError leaves the cache as it was)."""
@@ -141,7 +153,8 @@ class PagedCache:
         try:
             self._follow_growth()
             self._prepare_blocks(reservations)
-            return Step(self, reservations, [self._group_step(g, reservations) for g in range(len(self.groups))])
+            steps = [self._group_step(g, reservations) for g in range(len(self.groups))]
+            return Step(self._layers, reservations, steps, work, self.retainer)
         except BaseException:
             self._roll_back(reservations)
             raise
@@ -151,8 +164,10 @@ class PagedCache:
         return self._arena.numel()
 
     def bytes_in_use(self) -> int:
-        """Bytes of all referenced blocks (slack, scales, raw tails counted) and of the block tables."""
-        return self.manager.bytes_in_use()
+        """Bytes of all referenced blocks (slack, scales, raw tails counted), of the block tables, and of what retention
+        has noted of its sequences.
+        """
+        return self.manager.bytes_in_use() + (0 if self.retainer is None else self.retainer.nbytes())
 
     def commit(
         self, step: Step, tokens: Sequence[Sequence[int]] | None = None, salts: Sequence[bytes] | None = None
@@ -193,10 +208,6 @@ class PagedCache:
             if jobs and pages.packed is not None:
                 raw = self._pages_of(g, pages.raw, "raw", list(jobs.values()))
                 seal(pages.raw, raw, pages.packed, self._pages_of(g, pages.packed, "packed", list(jobs)))
-
-    def slot(self, layer: int) -> tuple[int, int]:
-        """(group, layer within the group) whose pages a layer reads."""
-        return self._slots[layer]
 
     def _follow_growth(self) -> None:
         """Moves the pages to a larger allocation after the books' arena has grown."""
@@ -254,13 +265,14 @@ class PagedCache:
     def _read_table(self, g: int, seq: int) -> SequencePages:
         table = self.manager.table(seq, g)
         size = self.recipe.block_size
+        kept = None if self.retainer is None else self.retainer.kept(g, seq)
         raw = Blocks(self.manager.pool(g, "raw").offset(table.raw_ids), table.raw_block_index * size)
         if not table.packed_ids.size:
-            return SequencePages(raw, Blocks(table.packed_ids, table.packed_ids))
+            return SequencePages(raw, Blocks(table.packed_ids, table.packed_ids), kept)
         offset = self.manager.pool(g, "packed").offset(table.packed_ids)
-        return SequencePages(raw, Blocks(offset, table.packed_block_index * size))
+        return SequencePages(raw, Blocks(offset, table.packed_block_index * size), kept)
 
-    def _group_step(self, g: int, reservations: Sequence[Reservation]) -> _GroupStep:
+    def _group_step(self, g: int, reservations: Sequence[Reservation]) -> GroupStep:
         pages = self._pages[g]
         few: dict[int, list[tuple[int, Reservation]]] = {}  # by number of new tokens: first rows, and whose they are
         prefill: list[PrefillRows] = []
@@ -275,7 +287,7 @@ class PagedCache:
                 prefill.append(PrefillRows(first, first + r.new_tokens, r.start, past))
             first += r.new_tokens
         walks = [self._few(g, count, members, first) for count, members in few.items()]
-        return _GroupStep(self._writes(g, reservations, first), walks, prefill)
+        return GroupStep(self._writes(g, reservations, first), walks, prefill)
 
     def _few(self, g: int, queries: int, members: Sequence[tuple[int, Reservation]], total: int) -> FewRows:
         """The walks of sequences with ``queries`` new tokens each, among the step's ``total``.
@@ -329,32 +341,14 @@ class PagedCache:
         return writes
 
 
-class Step:
-    """One forward over some sequences, whose new tokens lie one sequence after the other: ``N`` rows in all."""
-
-    def __init__(self, cache: PagedCache, reservations: Sequence[Reservation], groups: Sequence[_GroupStep]) -> None:
-        self.cache = cache
-        self.reservations = tuple(reservations)
-        self._groups = groups
-
-    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Stores a layer's new keys and values, ``k [N, Hkv, Dk]`` and ``v [N, Hkv, Dv]``."""
-        g, index = self.cache.slot(layer)
-        for write in self._groups[g].writes:
-            write(index, k, v)
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
-        """A layer's attention: ``q [N, Hq, D]`` over the pages and the fresh ``k, v [N, H, D]``; ``[N, Hq, Dv]``.
-
-        The layer's new keys and values must have been written before.
-        """
-        g, index = self.cache.slot(layer)
-        group = self._groups[g]
-        return attend_rows(q, k, v, index, group.few, group.prefill, call, self.cache.registry)
-
-
-def group_spec(group: LayerGroup, margin: int = 0) -> GroupSpec:
-    """What the books are told of a layer group. ``margin``: tokens to keep behind its window."""
+def group_spec(group: LayerGroup, margin: int = 0, recipe: Recipe | None = None) -> GroupSpec:
+    """What the books are told of a layer group. ``margin``: tokens to keep behind its window. ``recipe``: whose
+    retention runs on groups without a window (None: none does).
+    """
+    rule = recipe.rule if recipe is not None and group.window is None else None
+    biased = (
+        rule is not None and recipe is not None and recipe.method is not None and build_method(recipe.method).merges
+    )
     return GroupSpec(
         name=group.name,
         raw_block_bytes=group.raw_block_bytes,
@@ -364,4 +358,8 @@ def group_spec(group: LayerGroup, margin: int = 0) -> GroupSpec:
         kind=group.kind,
         window=group.window,
         margin=margin,
+        pages=group.pages_per_block,
+        rule=rule,
+        # The biases of a page's tokens, float32, counted in entries of tables.
+        page_entries=1 + -(-4 * group.raw.block_size // TABLE_ENTRY_BYTES) if biased else 1,
     )

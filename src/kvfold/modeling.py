@@ -19,9 +19,10 @@ from transformers.cache_utils import Cache
 
 from kvfold.attention.latent import LatentProjection
 from kvfold.attention.pieces import AttendedKind, LayerCall
-from kvfold.cache import Step
 from kvfold.errors import UnsupportedError
 from kvfold.geometry import LayerGeometry
+from kvfold.retainer import ForwardInputs
+from kvfold.step import Step
 
 __all__ = [
     "ATTENTION_NAME",
@@ -58,6 +59,21 @@ class ModelStep:
         self.rows = rows
         self.attended: set[int] = set()
         self._updated: int | None = None
+        self._given: dict[nn.Module, tuple[Any, Any]] = {}
+
+    def note_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook of attention modules: remembers what a module is given, for retention."""
+        hidden = kwargs.get("hidden_states", args[0] if args else None)
+        self._given[module] = hidden, kwargs.get("position_embeddings")
+
+    def _inputs(self, module: nn.Module) -> ForwardInputs:
+        hidden, rotary = self._given.pop(module, (None, None))
+        if not isinstance(hidden, Tensor):
+            return ForwardInputs(module)
+        if isinstance(rotary, tuple) and all(isinstance(x, Tensor) and x.dim() == 3 for x in rotary):
+            cos, sin = (self._rows(x.expand(hidden.shape[0], -1, -1)) for x in rotary)
+            return ForwardInputs(module, self._rows(hidden), (cos, sin))
+        return ForwardInputs(module, self._rows(hidden))
 
     def write_latent(self, k: Tensor, v: Tensor, layer: int) -> None:
         """Stores what a latent layer hands to its cache: latents and rotary keys ``[B, 1, T, D]``. Other layers write
@@ -98,7 +114,7 @@ class ModelStep:
             sinks=call["s_aux"],
             latent=latent,
         )
-        out = self.step.attend(index, q, k, v, ask)
+        out = self.step.attend(index, q, k, v, ask, self._inputs(module))
         if tiles > 1:
             out = _gathered(out, layer.kv_heads)
         if self.rows is not None:
@@ -107,15 +123,18 @@ class ModelStep:
         return out.reshape(query.shape[0], query.shape[2], *out.shape[1:])
 
     def _layer(self, index: int) -> LayerGeometry:
-        layers = self.step.cache.geometry.layers
+        layers = self.step.layers.geometry.layers
         if index >= len(layers):
             raise UnsupportedError(f"attention of layer {index}", why=f"its config knows of {len(layers)} layers")
         return layers[index]
 
     def _flat(self, x: Tensor) -> Tensor:
         """``[B, H, T, D]`` to the stored tokens' rows ``[N, H, D]``."""
-        flat = x.transpose(1, 2)
-        flat = flat.squeeze(0) if flat.shape[0] == 1 else flat.reshape(-1, *flat.shape[2:])
+        return self._rows(x.transpose(1, 2))
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """``[B, T, ...]`` to the stored tokens' rows ``[N, ...]``."""
+        flat = x.squeeze(0) if x.shape[0] == 1 else x.reshape(-1, *x.shape[2:])
         return flat if self.rows is None else flat.index_select(0, self.rows)
 
 
@@ -185,6 +204,8 @@ class AttentionSwitch:
         AttentionInterface.register(ATTENTION_NAME, attention_forward)
         self._configs = attention_configs(model)
         self._before: list[Any] = []
+        self._layers = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
+        self._hooks: list[Any] = []
 
     def enter(self, step: ModelStep) -> None:
         """Switches to paged attention. ``step`` is for the layers that do not hand their keyword arguments on."""
@@ -192,12 +213,19 @@ class AttentionSwitch:
         for config in self._configs:
             config._attn_implementation_internal = ATTENTION_NAME
             config.__dict__[STEP_KEYWORD] = step
+        if step.step.wants_inputs:
+            self._hooks = [
+                module.register_forward_pre_hook(step.note_inputs, with_kwargs=True) for module in self._layers
+            ]
 
     def leave(self) -> None:
         """Switches back to what was set before :meth:`enter`."""
         for config, before in zip(self._configs, self._before, strict=True):
             config._attn_implementation_internal = before
             config.__dict__.pop(STEP_KEYWORD, None)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     @contextmanager
     def active(self, step: ModelStep) -> Iterator[None]:

@@ -2,29 +2,35 @@
 
 ``Recipe.parse(text)`` and ``str(recipe)`` are inverse. The grammar::
 
-    recipe  = word [ ":calibrated" [ "(" file ")" ] ] { "," option "=" value }
+    recipe  = word [ ":calibrated" [ "(" file ")" ] ] { "," option "=" value } { "+" clause }
     word    = "raw" | "int8" | "int4" | "int2" | "k" bits "v" bits
     bits    = 16 | 8 | 4 | 2   (16: that side stays raw)
     option  = "sinks" | "recent" | "block" | "group" | "rotation" | "scales"
+    clause  = method [ "(" { clause | option "=" value } ")" ]
 
-With ``:calibrated``, bits are the average over all dims and layers, in eighths: ``int2.5:calibrated``. ``+word(args)``
-is kept free for further axes; a word that is not known is refused by name, never ignored.
+With ``:calibrated``, bits are the average over all dims and layers, in eighths: ``int2.5:calibrated``. A clause names a
+method of retention (a file of ``retention/methods``; its outermost brackets say ``keep`` or ``budget``) or of retrieval
+(a file of ``retrieval/methods``), one of each at most; a word that is not known is refused by name, never ignored.
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
+import pkgutil
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol
 
+from kvfold.clause import Clause
 from kvfold.errors import RecipeError
 from kvfold.formats import Rotation, Scales, VectorFormat
+from kvfold.rule import KeepRule
 
-__all__ = ["CALIBRATION_FILE", "Recipe"]
+__all__ = ["CALIBRATION_FILE", "Recipe", "known_methods"]
 
 CALIBRATION_FILE: Final = "calibration.safetensors"
 """The calibration that lies beside a model's weights, which ``:calibrated`` without a file means."""
@@ -48,9 +54,18 @@ _OPTIONS: Final = {
 }
 """Option word -> field of the recipe, in the order in which ``str`` writes them."""
 
+_AXES: Final[tuple[Literal["retention", "retrieval"], ...]] = ("retention", "retrieval")
+"""Fields of the recipe that hold a clause; also the rooms whose ``methods`` folder has a file for each of its words."""
+
+_RULE_OPTIONS: Final = ("keep", "budget", "every", "chunk")
+"""Options of a retention clause that every method has: see :class:`~kvfold.rule.KeepRule`."""
+
+_DECODING_STRIDE: Final = 64
+"""``every`` of a recipe that gives a ``budget``, unless it says otherwise."""
+
 _LIMITS: Final = {"sinks": (0, 2**20), "recent": (0, 2**30), "block_size": (1, 1024), "group": (1, 2**16)}
 _IN_BRACKETS: Final = r"(?:[^()]|\([^()]*\))*"
-_PIECE: Final = re.compile(rf"\s*([,:+]?)\s*([^,:+()]*?)\s*(\({_IN_BRACKETS}\))?\s*(?=[,:+]|$)", re.DOTALL)
+_PIECE: Final = re.compile(rf"\s*([,:]?)\s*([^,:()]*?)\s*(\({_IN_BRACKETS}\))?\s*(?=[,:]|$)", re.DOTALL)
 
 
 class _Geometry(Protocol):
@@ -72,12 +87,14 @@ def _unknown(kind: str, word: str, known: Iterable[str], text: str) -> RecipeErr
 class Recipe:
     """What becomes of the cache. The default is the raw cache.
 
-    ``k_bits``, ``v_bits``: width of a packed code (8, 4, 2), None keeps that side in the model dtype. ``rotation``:
-    the orthogonal basis codes are taken in. ``sinks``, ``recent``: tokens at the start and at the end of a sequence
-    that stay raw. ``block_size``: tokens a block holds. ``group``: dims sharing one scale and zero (at most the head
-    dim). ``scales``: whether keys have these for each token, as values do, or for each channel of a block.
-    ``calibration``: a file that ``kvfold calibrate`` made, whose bases take the place of the rotation, with ``k_bits``
-    and ``v_bits`` as averages; ``""`` means the one beside the model's weights (see :meth:`located`).
+    ``k_bits``, ``v_bits``: width of a packed code (8, 4, 2), None keeps that side in the model dtype. ``rotation``: the
+    orthogonal basis codes are taken in. ``sinks``, ``recent``: tokens at the start and at the end of a sequence that
+    stay raw. ``block_size``: tokens a block holds. ``group``: dims sharing one scale and zero (at most the head dim).
+    ``scales``: whether keys have these for each token, as values do, or for each channel of a block. ``calibration``: a
+    file that ``kvfold calibrate`` made, whose bases take the place of the rotation, with ``k_bits`` and ``v_bits`` as
+    averages; ``""`` means the one beside the model's weights (see :meth:`located`). ``retention``: the method that
+    chooses which tokens stay, its options ``keep`` or ``budget``, ``every`` and ``chunk`` included (see :attr:`rule`);
+    ``retrieval``: the method that chooses which pages a step reads.
     """
 
     k_bits: float | None = None
@@ -89,6 +106,8 @@ class Recipe:
     group: int = 128
     calibration: str | None = None
     scales: Scales = "token"
+    retention: Clause | None = None
+    retrieval: Clause | None = None
 
     def __post_init__(self) -> None:
         for side, bits in (("k_bits", self.k_bits), ("v_bits", self.v_bits)):
@@ -118,20 +137,25 @@ class Recipe:
                 raise RecipeError(
                     f"bad recipe field {name}={value!r}", why=f"it must be an integer from {low} to {high}"
                 )
+        for axis in _AXES:
+            clause = getattr(self, axis)
+            if clause is not None and clause.name not in known_methods(axis):
+                raise _unknown(f"{axis} method", clause.name, known_methods(axis), str(clause))
+        if self.retention is not None:
+            _rule_of(self.retention)
 
     @classmethod
     def parse(cls, text: str) -> Recipe:
         """The recipe that ``text`` describes; RecipeError names the first word that is not understood."""
-        pieces = _split(text)
+        plain, *clauses = _cut_clauses(text)
+        pieces = _split(plain)
         (_, head, args), rest = pieces[0], pieces[1:]
         if args:
             raise RecipeError(f"bad recipe {text!r}", why=f"{head!r} takes no arguments")
         calibrated = any(mark == ":" for mark, _, _ in rest)
         k_bits, v_bits = _parse_bits(head, text, calibrated)
-        values: dict[str, int | str] = {}
+        values: dict[str, int | str | Clause] = {}
         for mark, body, args in rest:
-            if mark == "+":
-                raise _unknown("word", body, _WORDS, text)
             if mark == ":" and body != "calibrated":
                 raise _unknown("calibration word", body, ("calibrated",), text)
             if mark == ",":
@@ -143,6 +167,15 @@ class Recipe:
             if name in values:
                 raise RecipeError(f"bad recipe {text!r}", why=f"{body.split('=')[0].strip()!r} is given twice")
             values[name] = value
+        for part in clauses:
+            clause = Clause.parse(part)
+            axis = _axis_of(clause, text)
+            if axis in values:
+                why = f"{values[axis]} and {clause} are both of {axis}"
+                raise RecipeError(
+                    f"bad recipe {text!r}", why=why, hint="methods combine in brackets: adakv(snapkv,keep=0.25)"
+                )
+            values[axis] = clause
         return cls(k_bits=k_bits, v_bits=v_bits, **values)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
@@ -158,7 +191,8 @@ class Recipe:
             for option, name in _OPTIONS.items()
             if getattr(self, name) != defaults[name]
         ]
-        return ",".join([word, *options])
+        clauses = [getattr(self, axis) for axis in _AXES]
+        return "+".join([",".join([word, *options]), *(str(clause) for clause in clauses if clause is not None)])
 
     @classmethod
     def of(cls, recipe: Recipe | str, folder: str | Path | None) -> Recipe:
@@ -170,6 +204,16 @@ class Recipe:
         """This recipe, with the calibration in a model's ``folder`` in place of an unnamed one, if there is one."""
         file = Path(folder) / CALIBRATION_FILE
         return replace(self, calibration=str(file)) if self.calibration == "" and file.is_file() else self
+
+    @property
+    def rule(self) -> KeepRule | None:
+        """When retention runs and how much it leaves; None without retention."""
+        return None if self.retention is None else _rule_of(self.retention)
+
+    @property
+    def method(self) -> Clause | None:
+        """The retention method alone, without the options of the rule."""
+        return None if self.retention is None else self.retention.without(*_RULE_OPTIONS)
 
     @property
     def is_raw(self) -> bool:
@@ -193,8 +237,60 @@ class Recipe:
         return hashlib.sha256(str(self).encode()).digest()
 
 
+@cache
+def known_methods(axis: str) -> tuple[str, ...]:
+    """The words of ``retention`` or ``retrieval``: the files of its ``methods`` folder."""
+    folder = Path(__file__).parent / axis / "methods"
+    return tuple(sorted(module.name for module in pkgutil.iter_modules([str(folder)])))
+
+
+def _axis_of(clause: Clause, text: str) -> Literal["retention", "retrieval"]:
+    for axis in _AXES:
+        if clause.name in known_methods(axis):
+            return axis
+    raise _unknown("word", clause.name, [word for axis in _AXES for word in known_methods(axis)], text)
+
+
+def _rule_of(clause: Clause) -> KeepRule:
+    """The rule that the options of a retention clause give; RecipeError if they make no sense."""
+    options = clause.option_map()
+    keep, budget = options.get("keep"), options.get("budget")
+    if (keep is None) == (budget is None):
+        hint = f"write {clause.name}(keep=0.25), a share, or {clause.name}(budget=512), tokens"
+        raise RecipeError(f"bad recipe clause {clause}", why="it needs one of keep and budget", hint=hint)
+    if keep is not None and (isinstance(keep, str) or not 0 < keep <= 1):
+        raise RecipeError(f"bad recipe clause {clause}", why="keep is a share above 0 and at most 1")
+    for name in _RULE_OPTIONS[1:]:
+        value = options.get(name, 1)
+        if not isinstance(value, int) or value < (1 if name == "budget" else 0):
+            raise RecipeError(f"bad recipe clause {clause}", why=f"{name} is a whole number of tokens, not {value!r}")
+    if any(name in part.option_map() for part in _nested(clause) for name in _RULE_OPTIONS):
+        why = f"{', '.join(_RULE_OPTIONS)} belong in the outermost brackets"
+        raise RecipeError(f"bad recipe clause {clause}", why=why)
+    every, chunk = options.get("every", _DECODING_STRIDE if budget else 0), options.get("chunk", 0)
+    share = None if keep is None else float(keep)
+    return KeepRule(share, None if budget is None else int(budget), every=int(every), chunk=int(chunk))
+
+
+def _nested(clause: Clause) -> Iterable[Clause]:
+    for part in clause.inner:
+        yield part
+        yield from _nested(part)
+
+
+def _cut_clauses(text: str) -> list[str]:
+    """``text`` cut at each ``+`` outside of brackets."""
+    parts, depth, start = [], 0, 0
+    for at, sign in enumerate(text):
+        depth += (sign == "(") - (sign == ")")
+        if sign == "+" and depth == 0:
+            parts.append(text[start:at])
+            start = at + 1
+    return [*parts, text[start:]]
+
+
 def _split(text: str) -> list[tuple[str, str, str]]:
-    """``text`` cut before each ``,``, ``:`` and ``+`` outside parentheses: (mark, body, "(args)" or "")."""
+    """``text`` cut before each ``,`` and ``:`` outside parentheses: (mark, body, "(args)" or "")."""
     if not text.strip():
         raise RecipeError(f"bad recipe {text!r}", why="it is empty", hint="known: " + ", ".join(_WORDS))
     pieces: list[tuple[str, str, str]] = []

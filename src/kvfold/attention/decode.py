@@ -45,7 +45,7 @@ def _attend_state(q: Tensor, layer_in_group: int, walk: StateWalk, call: LayerCa
             total = found
         else:
             total = _put(total or _nothing_seen(q, found), piece.rows, found)
-    for piece in walk.shared:
+    for piece in (*walk.shared, *walk.kept):
         found = _attend_piece(q, layer_in_group, piece, call, registry)
         if piece.rows is None:
             total = found if total is None else merge([total, found])
@@ -71,28 +71,40 @@ def _attend_piece(q: Tensor, layer_in_group: int, piece: PagePiece, call: LayerC
     """The queries of a piece, of all queries ``q [m, Hq, D]``, over its pages."""
     if piece.rows is not None:
         q = q.index_select(0, piece.rows)
-    (count, q_heads, dim), (lists, kv_heads) = q.shape, piece.addr.shape[:2]
+    (count, q_heads, dim), lists, kv_heads = q.shape, piece.lists, piece.kv_heads
     group, queries = q_heads // kv_heads, count // lists
     if queries > 1:
         q = q.view(lists, queries, kv_heads, group, dim).transpose(1, 2)
+    addr, shift, bias = piece.of_layer(layer_in_group)
+    read = partial(piece.read, layer_in_group, call.latent)
+    if piece.ragged or (piece.layered and bias is not None):  # then every head is a list with a length and biases
+        addr, bias = addr.flatten(0, 1).unsqueeze(1), None if bias is None else bias.flatten(0, 1)
+        read = partial(_read_heads, piece, layer_in_group, call)
     pages = PagesCall(
-        q=q.reshape(lists, kv_heads, queries * group, dim),
+        q=q.reshape(*addr.shape[:2], queries * group, dim),
         arena=piece.store.arena,
-        addr=piece.addr,
-        shift=layer_in_group * piece.layer_bytes,
+        addr=addr,
+        shift=shift,
         fmt=piece.store.fmt,
         dtype=piece.store.read_dtype,
         scale=call.scale,
-        read=partial(piece.read, layer_in_group, call.latent),
-        bias=piece.bias,
+        read=read,
+        bias=bias,
         softcap=call.softcap,
         latent=call.latent is not None,
+        ragged=piece.ragged,
     )
     learns = q.requires_grad and torch.is_grad_enabled()
     # What a kernel can take hangs on these, and is the same in every layer and step.
-    alike = (piece.store, queries * group, piece.bias is None, call.softcap, call.latent is None, learns)
+    alike = (piece.store, queries * group, bias is None, piece.ragged, call.softcap, call.latent is None, learns)
     o, lse = registry.select("attend_pages", pages, alike).run(pages)
     if queries > 1:
         o = o.view(lists, kv_heads, queries, group, -1).transpose(1, 2)
         lse = lse.view(lists, kv_heads, queries, group).transpose(1, 2)
     return o.reshape(count, q_heads, -1), lse.reshape(count, q_heads)
+
+
+def _read_heads(piece: PagePiece, layer_in_group: int, call: LayerCall, pages: slice) -> tuple[Tensor, Tensor]:
+    """Keys and values of a piece, every head's a list of its own: ``[n * Hkv, 1, P * S, D]``."""
+    k, v = piece.read(layer_in_group, call.latent, pages)
+    return k.flatten(0, 1).unsqueeze(1), v.flatten(0, 1).unsqueeze(1)

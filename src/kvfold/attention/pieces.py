@@ -57,6 +57,8 @@ class PagePiece:
     ``layer_bytes`` leads from a layer's page to the same page of the next layer. Queries come list by list, as many for
     one list as for the other: ``rows [m]`` are their places among the queries of the step (None: all, in order).
     ``bias [n, P * S]`` (additive, float32) hides what no query of a list may see; None when all of it is visible.
+    ``layered``: lists and biases differ by layer and head: ``addr [L, n, Hkv, P]``, ``bias [L, n, Hkv, P * S]``.
+    ``ragged``: some lists end early, with -1.
     """
 
     store: PageStore
@@ -64,16 +66,38 @@ class PagePiece:
     layer_bytes: int
     bias: Tensor | None = None
     rows: Tensor | None = None
+    layered: bool = False
+    ragged: bool = False
+
+    @property
+    def lists(self) -> int:
+        """Page lists, ``n``."""
+        return int(self.addr.shape[-3])
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads."""
+        return int(self.addr.shape[-2])
+
+    def of_layer(self, layer_in_group: int) -> tuple[Tensor, int, Tensor | None]:
+        """A layer's lists ``[n, Hkv, P]``, what is to be added to each address, and their biases."""
+        if not self.layered:
+            return self.addr, layer_in_group * self.layer_bytes, self.bias
+        return self.addr[layer_in_group], 0, None if self.bias is None else self.bias[layer_in_group]
 
     def read(
         self, layer_in_group: int, latent: LatentProjection | None, pages: slice = slice(None)
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[n, Hkv, P * S, D]`` of a range of the pages, in their rotated basis.
+        """Keys and values ``[n, Hkv, P * S, D]`` of a range of the pages, in their rotated basis; in the place of pages
+        that are not there, those of some other.
 
         Latent pages come as one wide key (latent ⊕ rotary part); the same tensor serves as value, its prefix being the
         latent.
         """
-        addr = self.addr[..., pages] + layer_in_group * self.layer_bytes
+        addr, shift, _ = self.of_layer(layer_in_group)
+        if self.ragged:
+            addr = addr.where(addr >= 0, self.addr.max())
+        addr = addr[..., pages] + shift
         k, v = self.store.read_k(addr), self.store.read_v(addr)
         if latent is not None:
             wide = torch.cat((k, v), dim=-1)
@@ -86,12 +110,14 @@ class StateWalk:
     """All pages of one state that the queries of a step read.
 
     ``own``: each sequence's own list of pages, every sequence in at most one piece. ``shared``: prefixes of several
-    sequences, one list for all their queries, without any mask (:mod:`kvfold.attention.cascade`).
+    sequences, one list for all their queries, without any mask (:mod:`kvfold.attention.cascade`). ``kept``: what
+    retention has left of earlier pages (:mod:`kvfold.attention.kept`).
     """
 
     store: PageStore
     own: tuple[PagePiece, ...]
     shared: tuple[PagePiece, ...] = ()
+    kept: tuple[PagePiece, ...] = ()
 
 
 def rotate_query(store: PageStore, q: Tensor, layer_in_group: int, latent: LatentProjection | None) -> Tensor:

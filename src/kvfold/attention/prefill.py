@@ -134,7 +134,7 @@ def _attend_past(
 ) -> Piece:
     """All spans of a state: its queries are rotated once, and its output once back."""
     count, q_heads = q.shape[:2]
-    kv_heads = past.spans[0].piece.addr.shape[1]
+    kv_heads = past.spans[0].piece.kv_heads
     group = q_heads // kv_heads
     q = q.to(past.store.read_dtype)
     # One KV head's queries as rows of one matrix, so that its keys are neither repeated nor read for every head.
@@ -144,7 +144,9 @@ def _attend_past(
     for span in past.spans:
         k, v = (x[:, :, : span.valid] for x in span.piece.read(layer_in_group, call.latent))
         bias = None
-        if call.local:
+        if span.piece.layered:
+            bias = _kept_bias(span.piece, layer_in_group, q.dtype)
+        elif call.local:
             positions = torch.arange(start, start + count, device=q.device)
             bias = _bias(visible(positions, span.pos[: span.valid], call).repeat(group, 1), q.dtype)
         dense = DenseCall(q=rows, k=k, v=v, scale=call.scale, bias=bias, softcap=call.softcap)
@@ -154,6 +156,17 @@ def _attend_past(
         raise RuntimeError("a state without pages has no past")
     o, lse = (x.reshape(q_heads, count, *x.shape[3:]).transpose(0, 1) for x in total)
     return unrotate(past.store, q, o, lse, layer_in_group, call)
+
+
+def _kept_bias(piece: PagePiece, layer_in_group: int, dtype: torch.dtype) -> Tensor | None:
+    """Additive ``[1, Hkv, 1, S]`` for the tokens that retention kept: their own biases, and what hides padding."""
+    addr, _, bias = piece.of_layer(layer_in_group)
+    if bias is None and not piece.ragged:
+        return None
+    size = piece.store.fmt.block_size
+    bias = torch.zeros(1, device=addr.device) if bias is None else bias
+    gone = (addr < 0).repeat_interleave(size, dim=-1)
+    return bias.to(dtype).masked_fill(gone, torch.finfo(dtype).min)[:, :, None]
 
 
 def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:

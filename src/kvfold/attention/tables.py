@@ -8,7 +8,7 @@ what several begin with has one list of pages for all.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kvfold.attention.cascade import SharedRun, shared_runs
+from kvfold.attention.kept import KeptPages, joined
 from kvfold.attention.pieces import PagePiece, StateWalk
 from kvfold.attention.prefill import SPAN_PAGES, Past, PastSpan
 from kvfold.codecs.calibrated import calibrated_bases
@@ -56,14 +57,15 @@ class Blocks:
 
 @dataclass(frozen=True, slots=True)
 class SequencePages:
-    """Everything a group holds of one sequence."""
+    """Everything a group holds of one sequence; ``kept``: what retention left of earlier blocks."""
 
     raw: Blocks
     packed: Blocks
+    kept: KeptPages | None = None
 
     def before(self, position: int) -> SequencePages:
-        """The blocks that begin before ``position``."""
-        return SequencePages(self.raw.before(position), self.packed.before(position))
+        """The blocks that begin before ``position``, and all that was kept, which is older than any new token."""
+        return SequencePages(self.raw.before(position), self.packed.before(position), self.kept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,11 @@ class GroupPages:
     kv_heads: int
     kind: str
     window: int | None
+
+    @property
+    def kept_store(self) -> PageStore:
+        """Where the pages lie that retention fills."""
+        return self.raw if self.packed is None else self.packed
 
     def layer_bytes(self, store: PageStore) -> int:
         """Bytes between a layer's page and the next layer's page of the same head."""
@@ -122,6 +129,7 @@ class _StateTables:
     store: PageStore
     own: list[_Part]
     shared: list[_Part]
+    kept: list[PagePiece]
 
 
 class DecodeTables:
@@ -134,14 +142,31 @@ class DecodeTables:
         self._group = group
         self._queries = queries
         self._states: list[_StateTables] = []
+        kept = self._kept([pages.kept for pages in sequences])
         for store, blocks in (
             (group.raw, [pages.raw for pages in sequences]),
             (group.packed, [pages.packed for pages in sequences]),
         ):
-            if store is not None and any(each.offset.size for each in blocks):
-                self._states.append(self._state(store, blocks))
+            more = kept if store is group.kept_store else []
+            if store is not None and (more or any(each.offset.size for each in blocks)):
+                self._states.append(self._state(store, blocks, more))
 
-    def _state(self, store: PageStore, blocks: Sequence[Blocks]) -> _StateTables:
+    def _kept(self, kept: Sequence[KeptPages | None]) -> list[PagePiece]:
+        """What retention kept of the sequences, those with similarly many pages together."""
+        buckets: dict[int, list[int]] = {}
+        for i, each in enumerate(kept):
+            if each is not None and each.pages:
+                buckets.setdefault(max(_SMALLEST_BUCKET_BITS, each.pages.bit_length()), []).append(i)
+        return [
+            joined(
+                self._group.kept_store,
+                [each for i in members if (each := kept[i]) is not None],
+                self._rows(np.asarray(members), len(kept)),
+            )
+            for members in buckets.values()
+        ]
+
+    def _state(self, store: PageStore, blocks: Sequence[Blocks], kept: list[PagePiece]) -> _StateTables:
         runs: list[SharedRun] = []
         if self._group.window is None:
             # The last raw block is a sequence's own, with room left or written in this step: whole ones are shared.
@@ -163,7 +188,7 @@ class DecodeTables:
             rest = [Blocks(blocks[i].offset[done[i] :], blocks[i].start[done[i] :]) for i in members]
             index = np.asarray(members)
             own.append(self._own(store, index, rest, self._rows(index, len(blocks))))
-        return _StateTables(store, own, shared)
+        return _StateTables(store, own, shared, kept)
 
     def _rows(self, members: np.ndarray, total: int) -> Tensor | None:
         """The rows of some of ``total`` sequences among all queries; None: all, in order."""
@@ -203,6 +228,7 @@ class DecodeTables:
                 store=state.store,
                 own=tuple(self._piece(state.store, part, seen) for part in state.own),
                 shared=tuple(self._piece(state.store, part, seen) for part in state.shared),
+                kept=tuple(state.kept),
             )
             for state in self._states
         )
@@ -223,11 +249,24 @@ def past_of(group: GroupPages, pages: SequencePages, start: int) -> tuple[Past, 
     """The pages that hold a sequence's positions before ``start``, in spans of at most ``SPAN_PAGES`` pages."""
     before = pages.before(start)
     states = ((group.raw, before.raw), (group.packed, before.packed))
-    return tuple(
+    past = [
         Past(store, tuple(_spans(group, store, blocks, start)))
         for store, blocks in states
         if store is not None and blocks.offset.size
-    )
+    ]
+    if before.kept is not None and before.kept.pages:
+        past.append(Past(group.kept_store, tuple(_kept_spans(group.kept_store, before.kept))))
+    return tuple(past)
+
+
+def _kept_spans(store: PageStore, kept: KeptPages) -> Iterator[PastSpan]:
+    whole, size, nowhere = joined(store, [kept], None), store.fmt.block_size, torch.empty(0, dtype=torch.int64)
+    for a in range(0, kept.pages, SPAN_PAGES):
+        addr = whole.addr[..., a : a + SPAN_PAGES]
+        bias = None if whole.bias is None else whole.bias[..., a * size : (a + SPAN_PAGES) * size]
+        piece = replace(whole, addr=addr, bias=bias)
+        # Every query sees all of it, wherever it stood.
+        yield PastSpan(piece=piece, pos=nowhere, valid=addr.shape[-1] * size)
 
 
 def _spans(group: GroupPages, store: PageStore, past: Blocks, start: int) -> Iterator[PastSpan]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class PagesCall:
     ``arena``: uint8 ``[bytes]``. ``addr [n, Hkv, P]``, int64: byte offsets of pages, to each of which ``shift`` is
     added. ``fmt``: what lies in a page; raw numbers in it are of ``dtype``. ``bias [n, P * S]``, float32, is added to
     the scores; a token with a bias of ``HIDDEN`` is not seen. ``latent``: keys are wide, their prefix is the value.
+    ``ragged``: lists may end early, with addresses of -1 (only with one KV head and no ``shift``).
     ``read`` gathers a range of the pages as dense keys and values ``[n, Hkv, pages * S, D]`` of ``dtype``, for whoever
     cannot walk them.
 
@@ -49,6 +50,24 @@ class PagesCall:
     bias: Tensor | None = None
     softcap: float | None = None
     latent: bool = False
+    ragged: bool = False
+
+    def bias_of(self, pages: slice) -> Tensor | None:
+        """The biases ``[n, pages * S]`` of a range of the pages, those of pages that are not there `HIDDEN`."""
+        size = self.fmt.block_size
+        bias = None if self.bias is None else self.bias[:, pages.start * size : pages.stop * size]
+        if not self.ragged:
+            return bias
+        gone = (self.addr[:, 0, pages] < 0).repeat_interleave(size, dim=1)
+        bias = torch.zeros(gone.shape, device=gone.device) if bias is None else bias
+        return bias.masked_fill(gone, HIDDEN)
+
+    def evened(self) -> PagesCall:
+        """The same call with lists of one length: pages that are not there are some other page, hidden."""
+        if not self.ragged:
+            return self
+        bias = self.bias_of(slice(0, self.addr.shape[-1]))
+        return replace(self, addr=self.addr.where(self.addr >= 0, self.addr.max()), bias=bias, ragged=False)
 
 
 def unpack_with(registry: OpRegistry) -> Callable[[PagesCall], tuple[Tensor, Tensor]]:
@@ -69,10 +88,8 @@ def unpack_with(registry: OpRegistry) -> Callable[[PagesCall], tuple[Tensor, Ten
 
 def _unpack_span(call: PagesCall, pages: slice, registry: OpRegistry) -> Piece:
     k, v = call.read(pages)
-    bias = call.bias
+    bias = call.bias_of(pages)
     if bias is not None:
-        size = call.fmt.block_size
-        bias = bias[:, pages.start * size : pages.stop * size]
         # float16 ends long before HIDDEN, and a mask must stay finite.
         least = torch.finfo(call.dtype).min
         bias = (bias.clamp_min(least) if least > HIDDEN else bias).to(call.dtype)[:, None, None]

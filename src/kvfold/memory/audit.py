@@ -62,17 +62,24 @@ def _audit_sequence(books: Books, seq: SeqId, state: SequenceState, references: 
             f"{where}: a block did not seal",
         )
         _must(state.pending is not None or not table.more, f"{where}: blocks of no reservation")
-        for index, block in enumerate(table.ids, table.first):
+        for index, block in table.blocks():
             references[group, table.state_of(index), block] += 1
+        for block in table.kept:
+            references[group, spec.kept_state, block] += 1
+        _must(not table.gap or table.first == 0, f"{where}: both released and retained")
+        _must(not table.gap or table.kept_end * size <= state.length, f"{where}: retention has run ahead")
         for index, block in enumerate(table.more, table.more_first):
             direct = table.direct_start <= index < table.direct_stop
             references[group, "packed" if direct else "raw", block] += 1
-        entries += len(table.ids) + len(table.more)
+        entries += table.entries + len(table.more)
         if table.view is not None:
             view, table.view = table.view, None
             same = all(np.array_equal(old, new) for old, new in zip(view, table.make_view(), strict=True))
             table.view = view
             _must(same, f"{where}: a stale view")
+    for group, blocks in enumerate(state.keeping.blocks if state.keeping else ()):
+        for block in blocks:
+            references[group, books.specs[group].kept_state, block] += 1
     for group, work in enumerate(state.work or ()):
         if work.copied >= 0:
             references[group, "raw", work.copied] += 1

@@ -17,7 +17,7 @@ from kvfold.formats import TABLE_ENTRY_BYTES, format_bytes
 from kvfold.memory.arena import ALIGN, Arena
 from kvfold.memory.pool import BlockPool
 from kvfold.memory.prefix import BlockHash, PrefixEntry, PrefixIndex
-from kvfold.memory.reservation import Demand, Reservation, Seal, Unseal
+from kvfold.memory.reservation import Demand, Keeping, Reservation, Seal, Unseal
 from kvfold.memory.table import GroupSpec, GroupTable, PoolKey, SeqId, State
 
 __all__ = ["Allowance", "Books", "GroupWork", "SequenceState", "Twin", "block_sizes", "table_entries"]
@@ -80,6 +80,7 @@ class SequenceState:
     __slots__ = (
         "hashable",
         "hashes",
+        "keeping",
         "length",
         "pending",
         "quiet_until",
@@ -97,6 +98,7 @@ class SequenceState:
         self.quiet_until = 0  # steps that end here or before change no block list, seal and share nothing
         self.pending: Reservation | None = None
         self.work: list[GroupWork] | None = None
+        self.keeping: Keeping | None = None
         self.hashable = hashable  # whether every token so far is known
         self.salt: bytes | None = None
         self.tokens: array[int] = array("q")
@@ -127,7 +129,7 @@ class Books:
             self.max_entries = sys.maxsize // TABLE_ENTRY_BYTES
             self.arena = Arena(budget_bytes, max(sizes), block_bytes=sizes)
         else:
-            self.max_entries = table_entries(budget_bytes, sizes)
+            self.max_entries = table_entries(budget_bytes, specs)
             for_blocks = budget_bytes - self.max_entries * TABLE_ENTRY_BYTES
             if for_blocks < max(sizes):
                 raise BudgetError(
@@ -175,7 +177,7 @@ class Books:
     def settled(self, seq: SeqId) -> SequenceState:
         """The sequence of this number; RequestError if a reservation of it is open."""
         state = self.state(seq)
-        if state.pending is not None:
+        if state.pending is not None or state.keeping is not None:
             raise RequestError(f"sequence {seq} has an open reservation", why="commit or roll it back first")
         return state
 
@@ -286,9 +288,22 @@ class Books:
 
     def drop_tail(self, group: int, table: GroupTable, keep: int) -> None:
         """Lets go of all blocks from block index ``keep`` on, the last first, so that they are also evicted first."""
-        for index in range(table.stop - 1, max(keep, table.first) - 1, -1):
-            self.drop(group, table.state_of(index), table.ids.pop())
+        for index, block in reversed(list(table.blocks())):
+            if index < keep:
+                break
+            self.drop(group, table.state_of(index), block)
+            table.ids.pop()
             self.entries -= 1
+        if keep < table.kept_end:
+            self.drop_kept(group, table)
+            table.kept_end = table.sink_end
+
+    def drop_kept(self, group: int, table: GroupTable) -> None:
+        """Lets go of what retention left, whatever then stands in its place."""
+        for block in reversed(table.kept):
+            self.drop(group, self.specs[group].kept_state, block)
+        self.entries -= table.kept_entries
+        table.kept, table.kept_entries = (), 0
 
     def finish(self, seals: Iterable[Seal]) -> None:
         """The caller has encoded ``seals``: raw blocks are let go, packed ones become findable."""
@@ -321,12 +336,17 @@ def _done(under_way: Counter[_Job], job: _Job) -> None:
         del under_way[job]
 
 
-def table_entries(budget_bytes: int, sizes: Sequence[int]) -> int:
-    """Entries of block tables that a budget sets room aside for; the rest of it is for blocks of ``sizes`` bytes.
+def table_entries(budget_bytes: int, specs: Sequence[GroupSpec]) -> int:
+    """Entries of block tables that a budget sets room aside for; the rest of it is for blocks of the groups ``specs``.
 
-    An unshared sequence needs an entry for each of its blocks; sharing needs more entries than there are blocks.
+    An unshared sequence needs an entry for each of its blocks, and where retention has run for each of its pages;
+    sharing needs more entries than there are blocks.
     """
-    return max(budget_bytes // min(sizes), budget_bytes // _TABLE_SHARE // TABLE_ENTRY_BYTES)
+    unshared = 0
+    for spec in specs:
+        per_block = 1 if spec.rule is None else 1 + spec.pages * spec.page_entries
+        unshared = max(unshared, *(-(-budget_bytes * per_block // size) for size in _sizes(spec)))
+    return max(unshared, budget_bytes // _TABLE_SHARE // TABLE_ENTRY_BYTES)
 
 
 def block_sizes(specs: Sequence[GroupSpec]) -> list[int]:

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 from kvfold.errors import RequestError
 from kvfold.formats import TABLE_ENTRY_BYTES
-from kvfold.memory import sharing, steps
+from kvfold.memory import keeping, sharing, steps
 from kvfold.memory.arena import Arena
 from kvfold.memory.audit import audit
 from kvfold.memory.books import Books
 from kvfold.memory.capacity import UNBOUNDED, Capacity
 from kvfold.memory.pool import BlockPool
-from kvfold.memory.reservation import NOTHING, Copy, Demand, Reservation, Run, Seal, Unseal
+from kvfold.memory.reservation import NOTHING, Copy, Demand, Keeping, Reservation, Run, Seal, Unseal
 from kvfold.memory.table import GroupSpec, PoolKey, SeqId, State, TableView
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Copy",
     "Demand",
     "GroupSpec",
+    "Keeping",
     "MemoryStats",
     "PoolKey",
     "Reservation",
@@ -260,6 +261,42 @@ class CacheManager:
     def table_version(self, seq: SeqId) -> int:
         """A number that changes whenever any table of the sequence does; no two sequences ever have the same."""
         return self._books.state(seq).version
+
+    # ---------------------------------------------------------------------------------------------------- retention
+
+    def demand_keep(self, length: int) -> Demand:
+        """Blocks that retention of a sequence of ``length`` tokens may need beside those it has. Pure."""
+        return keeping.demand_keep(self._books, length)
+
+    def reserve_keep(self, seq: SeqId) -> Keeping | None:
+        """Room for what retention leaves of a sequence, None if nothing is to be dropped; CacheFullError and nothing
+        has changed. Move the tokens there and `keep`, or `rollback_keep`.
+        """
+        return keeping.reserve_keep(self._books, seq)
+
+    def candidates(self, open_: Keeping, group: int) -> list[int]:
+        """Blocks, in order, that retention goes over beside the `kept` ones: sealed ones where the group seals."""
+        return keeping.candidates(self._books, open_, group)
+
+    def kept(self, seq: SeqId, group: int) -> tuple[int, ...]:
+        """Blocks that hold what retention left of a sequence."""
+        return self._books.state(seq).tables[group].kept
+
+    def kept_end(self, seq: SeqId, group: int) -> int:
+        """The block from which on a sequence's blocks are as they were; the end of the sinks where retention has not
+        run.
+        """
+        return self._books.state(seq).tables[group].kept_end
+
+    def keep(self, open_: Keeping, used: Sequence[int], entries: Sequence[int]) -> None:
+        """What stays lies in the first ``used[group]`` of the reserved blocks, with ``entries[group]`` table entries:
+        what it was chosen from is let go. From then on the sequence's new blocks are not findable.
+        """
+        keeping.keep(self._books, open_, used, entries)
+
+    def rollback_keep(self, open_: Keeping) -> None:
+        """Undoes `reserve_keep`."""
+        keeping.rollback_keep(self._books, open_)
 
     # ----------------------------------------------------------------------------------------------------- capacity
 

@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 from kvfold.memory.table import GroupSpec, PoolKey, SeqId, State
 
-__all__ = ["NOTHING", "Copy", "Demand", "GroupPlan", "Reservation", "Run", "Seal", "Unseal", "plan_group"]
+__all__ = ["NOTHING", "Copy", "Demand", "GroupPlan", "Keeping", "Reservation", "Run", "Seal", "Unseal", "plan_group"]
 
 
 class Run(NamedTuple):
@@ -66,6 +66,16 @@ class Reservation(NamedTuple):
     new_tokens: int
     copies: tuple[Copy, ...]
     runs: tuple[tuple[Run, ...], ...]
+
+
+class Keeping(NamedTuple):
+    """Room for what retention is about to keep of ``seq``: ``blocks[group]``, in the place of all blocks before
+    ``end[group]`` but those of the sinks; None where everything stays.
+    """
+
+    seq: SeqId
+    blocks: tuple[tuple[int, ...], ...]
+    end: tuple[int | None, ...]
 
 
 class Demand(Mapping[PoolKey, int]):

@@ -129,15 +129,17 @@ def adopt(books: Books, seq: SeqId, tokens: Sequence[int], count: int, salt: byt
 def fork(books: Books, seq: SeqId) -> SeqId:
     """A sequence with the same tokens in the same blocks."""
     state = books.settled(seq)
-    entries = sum(len(table.ids) for table in state.tables)
+    entries = sum(table.entries for table in state.tables)
     if not books.entries_fit(entries):
         raise CacheFullError("the block tables are full", why=f"at most {books.max_entries} entries")
     child = SequenceState([table.copy() for table in state.tables], hashable=state.hashable)
     child.length, child.salt = state.length, state.salt
     child.tokens, child.hashes = state.tokens[:], state.hashes[:]
     for group, table in enumerate(state.tables):
-        for index, block in enumerate(table.ids, table.first):
+        for index, block in table.blocks():
             books.pools[group, table.state_of(index)].ref(block)
+        for block in table.kept:
+            books.pools[group, books.specs[group].kept_state].ref(block)
     books.entries += entries
     state.quiet_until = 0  # the last blocks are shared now
     return _enter(books, child)
@@ -162,6 +164,8 @@ def truncate(books: Books, seq: SeqId, length: int) -> tuple[Unseal, ...]:
         needed, there = first_live(length, size, spec.kind, spec.window), min(table.first, keep)
         if needed < there:
             gone.append(f"group {spec.name} has released positions {needed * size} to {there * size - 1}")
+        if table.gap and table.sink_end * size < length < table.kept_end * size:
+            gone.append(f"retention has dropped tokens of group {spec.name} before position {table.kept_end * size}")
     if gone:
         raise UnsupportedError(f"sequence {seq} cannot go back from {state.length} to {length} tokens", gone)
     if length == state.length:
@@ -181,7 +185,7 @@ def truncate(books: Books, seq: SeqId, length: int) -> tuple[Unseal, ...]:
     state.length = length
     del state.tokens[length:]
     del state.hashes[length // size :]
-    if books.prefix_caching and len(state.tokens) == length:
+    if books.prefix_caching and len(state.tokens) == length and not any(table.gap for table in state.tables):
         state.hashable = True  # what was not known is gone
         state.salt = state.salt if length else None
     state.quiet_until = 0
@@ -193,7 +197,7 @@ def _only_here(books: Books, state: SequenceState, keep: int) -> dict[PoolKey, l
     """The blocks of a sequence from block index ``keep`` on that nobody else references."""
     blocks: dict[PoolKey, list[int]] = {}
     for group, table in enumerate(state.tables):
-        for index, block in enumerate(table.ids, table.first):
+        for index, block in table.blocks():
             key: PoolKey = (group, table.state_of(index))
             if index >= keep and books.pools[key].refcount(block) == 1:
                 blocks.setdefault(key, []).append(block)

@@ -67,7 +67,7 @@ def _demand_of(books: Books, state: SequenceState, plans: Sequence[GroupPlan]) -
             raw += 1
         pool = books.pools[group, "raw"]
         for index in range(plan.seal, plan.seal_stop):
-            block = table.ids[index - table.first]
+            block = table.ids[table.place(index)]
             if plan.tail and index == table.stop - 1:
                 packed += 1  # about to be written: its own by then, and no twin's
             elif (group, block) in books.twins:
@@ -148,7 +148,7 @@ def _carry_out(
             table.more.append(books.take((group, "packed" if packed else "raw"), allowance))
         books.entries += len(table.more)
         seals = [
-            (index, _take_packed(books, group, table.ids[index - table.first], allowance))
+            (index, _take_packed(books, group, table.ids[table.place(index)], allowance))
             for index in range(plan.seal, plan.seal_stop)
         ]
         if copied >= 0 or table.more:
@@ -182,7 +182,7 @@ def _runs(table: GroupTable, plan: GroupPlan, want: Reservation, size: int) -> t
     for index in range(plan.write // size, -(-end // size) if plan.write < end else 0):
         first = index * size
         if index < plan.new:
-            block, packed = table.ids[index - table.first], False
+            block, packed = table.ids[table.place(index)], False
         else:
             block, packed = table.more[index - plan.new], plan.direct <= index < plan.direct_stop
         begin = max(plan.write, first)
@@ -243,7 +243,7 @@ def commit(
         for index in range(
             table.first, table.first + released
         ):  # released blocks were not sealed: their old states hold
-            books.drop(group, table.state_of(index), table.ids[index - table.first])
+            books.drop(group, table.state_of(index), table.ids[table.place(index)])
         table.packed_end = job.packed_end
         if released > 0:
             del table.ids[:released]
@@ -300,7 +300,7 @@ def coming_seals(books: Books, reservation: Reservation) -> list[Seal]:
     seals = []
     for group, (table, job) in enumerate(zip(state.tables, state.work or (), strict=False)):
         for index, packed in job.seals:
-            raw = table.ids[index - table.first]
+            raw = table.ids[table.place(index)]
             twin = books.twins.get((group, raw))
             if twin is None or not twin.encoded:
                 seals.append(Seal(group, raw, packed))
@@ -310,7 +310,7 @@ def coming_seals(books: Books, reservation: Reservation) -> list[Seal]:
 def _seal(books: Books, state: SequenceState, group: int, index: int, packed: int) -> Seal:
     """Puts the packed block in the raw one's place. Both keep a reference until the caller has encoded."""
     table = state.tables[group]
-    where = index - table.first
+    where = table.place(index)
     raw = table.ids[where]
     table.ids[where] = packed
     twin = books.twins.get((group, raw))
@@ -335,7 +335,7 @@ def _publish_new(books: Books, state: SequenceState, group: int, start: int) -> 
         kind = table.state_of(index)
         if kind == "raw" and spec.seals and index >= table.sink_end:
             return  # it will seal, and so will all that follow
-        block = table.ids[index - table.first]
+        block = table.ids[table.place(index)]
         if kind == "raw" or (group, block) not in books.encoding:
             books.publish(group, kind, block, _final(books, state, index))
 

@@ -18,6 +18,7 @@ from kvfold.geometry import Geometry, LayerGroup
 from kvfold.packed import PackedModel
 from kvfold.quality.results import ErrorMap
 from kvfold.recipe import Recipe
+from kvfold.retainer import ForwardInputs
 
 __all__ = ["error_map", "keys_and_values"]
 
@@ -28,8 +29,10 @@ KeysAndValues = dict[int, tuple[Tensor, Tensor]]
 class _Recording:
     """A step that remembers what is written to it."""
 
+    wants_inputs = False
+
     def __init__(self, step: Step) -> None:
-        self.cache = step.cache
+        self.layers = step.layers
         self.written: KeysAndValues = {}
         self._step = step
 
@@ -37,8 +40,10 @@ class _Recording:
         self.written[layer] = (k.clone(), v.clone())
         self._step.write(layer, k, v)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> Tensor:
-        return self._step.attend(layer, q, k, v, call)
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, call: LayerCall, inputs: ForwardInputs | None = None
+    ) -> Tensor:
+        return self._step.attend(layer, q, k, v, call, inputs)
 
 
 def keys_and_values(model: PreTrainedModel, tokens: Sequence[int]) -> KeysAndValues:

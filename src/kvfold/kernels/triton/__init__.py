@@ -80,7 +80,7 @@ def attend(call: PagesCall) -> tuple[Tensor, Tensor]:
     if call.bias is not None and call.bias.shape != (n, pages * call.fmt.block_size):
         raise ValueError(f"a bias {tuple(call.bias.shape)} does not fit addresses {tuple(call.addr.shape)}")
     with torch.cuda.device(call.q.device):
-        return _launch(call, n * heads, rows, pages)
+        return _launch(call.evened(), n * heads, rows, pages)
 
 
 def _launch(call: PagesCall, units: int, rows: int, pages: int) -> tuple[Tensor, Tensor]:

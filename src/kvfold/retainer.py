@@ -1,0 +1,327 @@
+"""Retention on the paged cache: what a method has seen of each sequence, and the re-packing of what it keeps.
+
+A `Retainer` watches the forwards of a cache for its method, and at a retention point lets it score every layer, moves
+the survivors of each head densely into new pages (codes as they are, never encoded again), and gives the old blocks
+back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvfold.attention.kept import KeptPages
+from kvfold.attention.pieces import LayerCall
+from kvfold.attention.tables import Blocks, GroupPages, SequencePages
+from kvfold.codecs.pages import PageStore
+from kvfold.geometry import LayerGroup
+from kvfold.memory.manager import CacheManager, Keeping
+from kvfold.retention.method import Notes, RetentionMethod, Seen
+from kvfold.retention.repack import chosen, dealt, lay_out
+from kvfold.retention.view import LayerFacts, LayerView, PagePart
+from kvfold.retention.write import write_merged
+
+__all__ = ["ForwardInputs", "Retainer", "RetentionStats"]
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardInputs:
+    """What a layer's attention module was given for the ``N`` tokens of a step: its input ``hidden [N, E]``, and the
+    rotary embedding ``rotary (cos, sin)``, each ``[N, R]``; None where it has none.
+    """
+
+    module: torch.nn.Module
+    hidden: Tensor | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+
+    def of(self, rows: slice) -> ForwardInputs:
+        """Those of some of the tokens."""
+        rotary = None if self.rotary is None else (self.rotary[0][rows], self.rotary[1][rows])
+        return ForwardInputs(self.module, None if self.hidden is None else self.hidden[rows], rotary)
+
+
+@dataclass(slots=True)
+class RetentionStats:
+    """What retention has done since the start. ``blocks_before``, ``blocks_after``: of the sequences it ran on, in the
+    groups it ran on; ``bytes_before``, ``bytes_after``: theirs.
+    """
+
+    runs: int = 0
+    blocks_before: int = 0
+    blocks_after: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """A group of a sequence, re-packed: its pages, the number of new blocks they take, and the layers' notes."""
+
+    pages: KeptPages
+    blocks: int
+    notes: dict[int, Notes]
+
+
+class Retainer:
+    """See the module. ``pages_of(g, seq)``: what a group holds of a sequence, an open reservation's blocks included."""
+
+    def __init__(
+        self,
+        method: RetentionMethod,
+        groups: Sequence[LayerGroup],
+        stores: Sequence[GroupPages],
+        manager: CacheManager,
+        pages_of: Callable[[int, int], SequencePages],
+    ) -> None:
+        self.method = method
+        self.stats = RetentionStats()
+        self._groups = groups
+        self._stores = stores
+        self._manager = manager
+        self._pages_of = pages_of
+        self._notes: dict[int, dict[int, Notes]] = {}  # sequence -> layer -> notes
+        self._kept: dict[int, tuple[KeptPages | None, ...]] = {}
+        self._facts: dict[int, LayerFacts] = {}
+
+    # ---------------------------------------------------------------------------------------------------- sequences
+
+    def kept(self, g: int, seq: int) -> KeptPages | None:
+        """What retention has left of a sequence in a group; None where it has not run."""
+        kept = self._kept.get(seq)
+        return None if kept is None else kept[g]
+
+    def fork(self, seq: int, child: int) -> None:
+        """``child`` shares everything with ``seq``."""
+        if seq in self._kept:
+            self._kept[child] = self._kept[seq]
+        if seq in self._notes:
+            self._notes[child] = {layer: notes.copy() for layer, notes in self._notes[seq].items()}
+
+    def free(self, seq: int) -> None:
+        """A sequence has ended."""
+        self._kept.pop(seq, None)
+        self._notes.pop(seq, None)
+
+    def truncate(self, seq: int, length: int) -> None:
+        """A sequence was rolled back to ``length`` tokens: notes of tokens that are gone go too."""
+        if seq in self._kept:
+            ends = [self._manager.kept_end(seq, g) for g in range(len(self._groups))]
+            sinks = [spec.sink_end(self._manager.block_size) for spec in self._manager.groups]
+            if ends == sinks:  # rolled back to before what retention ever touched
+                del self._kept[seq]
+        for layer, notes in self._notes.get(seq, {}).items():
+            if notes.per_token is not None:
+                columns = self._view(self._slot(layer), layer, seq, length).columns
+                notes.per_token = notes.per_token[:, :columns].clone()
+
+    def nbytes(self) -> int:
+        """Bytes of all notes."""
+        return sum(notes.nbytes for layers in self._notes.values() for notes in layers.values())
+
+    # ----------------------------------------------------------------------------------------------------- watching
+
+    def observe(
+        self,
+        layer: int,
+        seq: int,
+        start: int,
+        tokens: tuple[Tensor, Tensor, Tensor],
+        stored: tuple[Tensor, Tensor],
+        call: LayerCall,
+        inputs: ForwardInputs,
+        replay: tuple[int, int] | None = None,
+    ) -> None:
+        """Shows the method a layer's part of a forward for one sequence, from position ``start`` on.
+
+        ``tokens``: its queries, keys and values ``[T, H, D]`` as the layer attends with them; ``stored``: keys and
+        values as they go to the pages (of latent layers: latent and rotary part). ``replay``: as in `Seen`.
+        """
+        g = self._slot(layer)
+        if self._manager.groups[g].rule is None:
+            return
+        q, k, v = tokens
+        if call.latent is not None:
+            q, k, v = call.latent.query(q), torch.cat(stored, dim=-1), stored[0]
+        self._facts[layer] = LayerFacts(
+            module=inputs.module,
+            scale=call.scale,
+            softcap=call.softcap,
+            sinks=call.sinks,
+        )
+        view = self._view(g, layer, seq, start, None if replay else (k, v))
+        notes = self._notes.setdefault(seq, {}).setdefault(layer, Notes())
+        self.method.observe(Seen(view, q, k, v, inputs.hidden, inputs.rotary, replay), notes)
+
+    # ------------------------------------------------------------------------------------------------------ keeping
+
+    def run(self, seq: int) -> bool:
+        """Drops what the rule and the method say; whether there was anything to drop.
+
+        CacheFullError if there is no room for what is kept beside what it is chosen from; with any error, nothing has
+        changed.
+        """
+        keeping = self._manager.reserve_keep(seq)
+        if keeping is None:
+            return False
+        try:
+            packed = [self._pack(g, seq, keeping) for g in range(len(self._groups))]
+        except BaseException:
+            self._manager.rollback_keep(keeping)
+            raise
+        before = self._held(seq)
+        self._manager.keep(
+            keeping,
+            [0 if each is None else each.blocks for each in packed],
+            [0 if each is None else self._entries(g, each) for g, each in enumerate(packed)],
+        )
+        old = self._kept.get(seq, (None,) * len(packed))
+        self._kept[seq] = tuple(was if each is None else each.pages for was, each in zip(old, packed, strict=True))
+        for each in packed:
+            if each is not None:
+                self._notes.setdefault(seq, {}).update(each.notes)
+        self._count(before, self._held(seq))
+        return True
+
+    def _entries(self, g: int, packed: _Packed) -> int:
+        """Table entries of blocks and pages, biases counted as so many more."""
+        biased = 0 if packed.pages.bias is None else self._manager.groups[g].page_entries - 1
+        return packed.blocks + packed.pages.flat.numel() * (1 + biased)
+
+    def _held(self, seq: int) -> tuple[int, int]:
+        """(blocks, bytes) of a sequence in the groups that retention runs on."""
+        blocks = size = 0
+        for g, spec in enumerate(self._manager.groups):
+            if spec.rule is not None:
+                table = self._manager.table(seq, g)
+                raw, packed = table.raw_ids.size, table.packed_ids.size
+                kept = len(self._manager.kept(seq, g))
+                blocks += raw + packed + kept
+                packed += kept if spec.seals else 0
+                raw += 0 if spec.seals else kept
+                size += raw * spec.raw_block_bytes + packed * spec.packed_block_bytes
+        return blocks, size
+
+    def _count(self, before: tuple[int, int], after: tuple[int, int]) -> None:
+        stats = self.stats
+        stats.runs += 1
+        stats.blocks_before += before[0]
+        stats.bytes_before += before[1]
+        stats.blocks_after += after[0]
+        stats.bytes_after += after[1]
+
+    def _pack(self, g: int, seq: int, keeping: Keeping) -> _Packed | None:
+        end = keeping.end[g]
+        if end is None:
+            return None
+        group, spec, store = self._groups[g], self._manager.groups[g], self._stores[g].kept_store
+        size, length = store.fmt.block_size, self._manager.length(seq)
+        views = [self._view(g, layer, seq, length, end=end) for layer in group.layers]
+        notes = [self._notes.get(seq, {}).get(layer, Notes()) for layer in group.layers]
+        scores = []
+        for view, note in zip(views, notes, strict=True):
+            found = self.method.score(view, note).float()
+            scores.append(found.masked_fill(~view.shown[:, view.candidates], -torch.inf))
+            view.forget()
+        total = spec.kept_pages(length, size)
+        counts = dealt(self.method.deal(scores, total, size, group.layers), scores, total, size)
+        layout = lay_out(counts.cpu().numpy())
+        offset = self._manager.pool(g, spec.kept_state).offset(np.asarray(keeping.blocks[g][: layout.blocks], np.int64))
+        there = layout.block >= 0
+        addr = np.full(layout.block.shape, -1, np.int64)
+        addr[there] = offset[layout.block[there]] + layout.slot[there] * store.fmt.page_bytes
+        device = store.arena.device
+        lists = torch.from_numpy(addr).to(device)
+        biases, after = [], {}
+        for i, (view, note) in enumerate(zip(views, notes, strict=True)):
+            kept = chosen(scores[i], counts[i], size)
+            merged = self.method.merge(view, note, scores[i], kept)
+            if merged is not None:
+                write_merged(store, i, lists[i], kept, merged)
+                biases.append(merged.bias[kept >= 0])
+            self._move(view, kept, lists[i], None if merged is None else ~merged.fresh)
+            after[view.layer] = Notes(dict(note.values), _carried(note.per_token, view, kept))
+            view.forget()
+        flat = torch.from_numpy(addr[there]).to(device)
+        return _Packed(KeptPages(counts.to(device), flat, torch.cat(biases) if biases else None), layout.blocks, after)
+
+    def _move(self, view: LayerView, kept: Tensor, lists: Tensor, moved: Tensor | None) -> None:
+        """Copies the codes of the ``kept [H, m]`` candidates of a layer to the pages ``lists [H, P]``."""
+        store = self._stores[self._slot(view.layer)].kept_store
+        size = store.fmt.block_size
+        there = kept >= 0
+        if moved is not None:
+            there = there & moved
+        source, slot = view.page_of((kept + view.candidates.start).clamp_min(0))
+        number = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+        target = lists.gather(1, number // size)
+        store.copy_rows(source[there], slot[there], target[there], (number % size)[there])
+
+    # -------------------------------------------------------------------------------------------------------- views
+
+    def _slot(self, layer: int) -> int:
+        return next(g for g, group in enumerate(self._groups) if layer in group.layers)
+
+    def _view(
+        self,
+        g: int,
+        layer: int,
+        seq: int,
+        length: int,
+        fresh: tuple[Tensor, Tensor] | None = None,
+        *,
+        end: int | None = None,
+    ) -> LayerView:
+        """A layer's first ``length`` tokens, and ``fresh`` ones behind. ``end``: the block before which candidates
+        end.
+        """
+        group, stores = self._groups[g], self._stores[g]
+        index = group.layers.index(layer)
+        spec, size = self._manager.groups[g], stores.raw.fmt.block_size
+        kept, kept_end = self.kept(g, seq), self._manager.kept_end(seq, g)
+        sinks = min(length, spec.sink_end(size) * size)
+        older = 0 if kept is None else kept.pages * size
+        stop = sinks if end is None else sinks + older + (end - kept_end) * size
+
+        def parts() -> list[PagePart]:
+            pages = self._pages_of(g, seq).before(length)
+            heads, tail = _split(pages.raw, sinks)
+            found = [self._part(stores, stores.raw, index, heads, sinks)]
+            if kept is not None and kept.pages:
+                biases = kept.biases(size)
+                shown = kept.shown[index].repeat_interleave(size, dim=1)
+                lists = kept.lists()[index]
+                lists = lists.where(lists >= 0, kept.flat[:1])
+                bias = None if biases is None else biases[index]
+                found.append(PagePart(stores.kept_store, lists, older, shown, bias))
+            if stores.packed is not None:
+                found.append(self._part(stores, stores.packed, index, pages.packed, length))
+            found.append(self._part(stores, stores.raw, index, tail, length))
+            return found
+
+        facts = self._facts.get(layer)
+        return LayerView(layer, index, parts, facts, slice(sinks, stop), fresh, latent=group.kind == "latent")
+
+    def _part(self, group: GroupPages, store: PageStore, index: int, blocks: Blocks, stop: int) -> PagePart:
+        """The columns before position ``stop`` of ``blocks``, which follow each other without a gap."""
+        addr = group.addresses(store, blocks.offset) + index * group.layer_bytes(store)
+        count, size = blocks.offset.size, store.fmt.block_size
+        columns = min(count * size, (count - 1) * size + stop - int(blocks.start[-1])) if count else 0
+        return PagePart(store, addr, columns)
+
+
+def _split(blocks: Blocks, position: int) -> tuple[Blocks, Blocks]:
+    """Blocks that begin before ``position``, and the others."""
+    at = int(np.searchsorted(blocks.start, position))
+    return Blocks(blocks.offset[:at], blocks.start[:at]), Blocks(blocks.offset[at:], blocks.start[at:])
+
+
+def _carried(per_token: Tensor | None, view: LayerView, kept: Tensor) -> Tensor | None:
+    """The numbers ``[H, columns]`` of the tokens that are left, in their new columns."""
+    if per_token is None:
+        return None
+    middle = per_token[:, view.candidates].gather(1, kept.clamp_min(0))
+    return torch.cat((per_token[:, : view.candidates.start], middle, per_token[:, view.candidates.stop :]), dim=1)

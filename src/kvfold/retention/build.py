@@ -1,0 +1,94 @@
+"""From a clause of a recipe to the method it names, with its options checked."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from dataclasses import MISSING, Field, fields, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvfold.clause import Clause
+from kvfold.errors import RecipeError
+from kvfold.recipe import known_methods
+from kvfold.retention.method import RetentionMethod
+
+if TYPE_CHECKING:
+    from kvfold.geometry import Geometry
+    from kvfold.recipe import Recipe
+
+__all__ = ["build_method", "refusals"]
+
+
+def refusals(recipe: Recipe, geometry: Geometry) -> list[str]:
+    """Every reason why the retention of ``recipe`` cannot serve a model of this geometry; RecipeError if its clause
+    does not make sense.
+    """
+    if recipe.method is None:
+        return []
+    reasons = build_method(recipe.method).refusals(geometry)
+    if recipe.scales == "channel":
+        reasons.append("pages with scales of channels are written whole: retention cannot move single tokens")
+    if not any(layer.stores and layer.window is None for layer in geometry.layers):
+        reasons.append("every layer has a window, behind which nothing is left for retention to drop")
+    return reasons
+
+
+def build_method(clause: Clause) -> RetentionMethod:
+    """The method that ``clause`` (without the options of the rule) names.
+
+    What stands in its brackets goes to the fields of its dataclass: clauses, in order, to those that hold a method or,
+    as text, the name of a file; options to the others by name. RecipeError, with a hint, for what does not fit.
+    """
+    if clause.name not in known_methods("retention"):
+        close = difflib.get_close_matches(clause.name, known_methods("retention"), n=1, cutoff=0.5)
+        hint = (f"did you mean {close[0]!r}? " if close else "") + "known: " + ", ".join(known_methods("retention"))
+        raise RecipeError(f"bad recipe clause {clause}", why=f"unknown retention method {clause.name!r}", hint=hint)
+    kind = _method_class(clause.name)
+    known: list[Field[Any]] = list(fields(kind)) if is_dataclass(kind) else []  # type: ignore[redundant-expr]
+    positional = [field for field in known if _holds_clause(field)]
+    options = {field.name: field for field in known if not _holds_clause(field)}
+    if len(clause.inner) > len(positional):
+        takes = f"{len(positional)} in its brackets" if positional else "nothing but options"
+        raise RecipeError(f"bad recipe clause {clause}", why=f"{clause.name} takes {takes}")
+    values: dict[str, Any] = {}
+    for field, part in zip(positional, clause.inner, strict=False):
+        values[field.name] = build_method(part) if field.type == "RetentionMethod" else str(part)
+    for field in positional[len(clause.inner) :]:
+        if field.default is MISSING and field.default_factory is MISSING:
+            why = f"{clause.name} builds on another method"
+            raise RecipeError(f"bad recipe clause {clause}", why=why, hint=f"write {clause.name}(snapkv,keep=0.25)")
+    for name, value in clause.options:
+        if name not in options:
+            known_options = ", ".join(["keep", "budget", "every", "chunk", *options])
+            raise RecipeError(
+                f"bad recipe clause {clause}", why=f"unknown option {name!r}", hint=f"known: {known_options}"
+            )
+        values[name] = _converted(clause, options[name], value)
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise RecipeError(f"bad recipe clause {clause}", why=str(error)) from error
+
+
+def _method_class(name: str) -> type[RetentionMethod]:
+    module = importlib.import_module(f"kvfold.retention.methods.{name}")
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, RetentionMethod) and value.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise TypeError(f"{module.__name__} must have one method, and has {len(found)}")
+    return found[0]
+
+
+def _holds_clause(field: Field[Any]) -> bool:
+    return field.type in ("RetentionMethod", "str")
+
+
+def _converted(clause: Clause, field: Field[Any], value: int | float | str) -> int | float:
+    """``value`` as the field wants it, a whole number or any."""
+    if isinstance(value, str) or (field.type == "int" and not isinstance(value, int)):
+        kind = "a whole number" if field.type == "int" else "a number"
+        raise RecipeError(f"bad recipe clause {clause}", why=f"{field.name} is {kind}, not {value!r}")
+    return float(value) if field.type == "float" else value

@@ -1,0 +1,3 @@
+"""Retention methods, one file each, found by their recipe word: the name of the file. See
+:mod:`kvfold.retention.method`.
+"""

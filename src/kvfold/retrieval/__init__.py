@@ -1,0 +1,1 @@
+"""Which pages a step reads of those that are kept: summaries of pages, and selection by them."""

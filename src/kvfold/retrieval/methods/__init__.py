@@ -1,0 +1,1 @@
+"""Retrieval methods, one file each, found by their recipe word: the name of the file."""

@@ -1,0 +1,128 @@
+"""One forward over some sequences on the paged cache: takes every layer's new keys and values, answers attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvfold.attention.pieces import LayerCall
+from kvfold.attention.rows import FewRows, PrefillRows, attend_rows
+from kvfold.attention.tables import RowWrite
+from kvfold.geometry import Geometry
+from kvfold.kernels.registry import OpRegistry
+from kvfold.memory.manager import Reservation
+from kvfold.retainer import ForwardInputs, Retainer
+
+__all__ = ["GroupStep", "SequenceWork", "Step", "StepLayers"]
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceWork:
+    """``count`` new tokens of sequence ``seq`` in one step. ``watched``: retention will run on it some time later, so
+    that its method has to see them. ``replay``: a fork of this sequence repeats tokens ``[start, stop)`` of the context
+    (see `kvfold.retention.method.Seen`), in a step that will be abandoned.
+    """
+
+    seq: int
+    count: int
+    watched: bool = True
+    replay: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GroupStep:
+    """What a step does in one layer group: where new tokens go, and who attends how."""
+
+    writes: list[RowWrite]
+    few: list[FewRows]
+    prefill: list[PrefillRows]
+
+
+@dataclass(frozen=True, slots=True)
+class StepLayers:
+    """What is the same in every step: the model's layers, where each one's pages are, and the kernels.
+
+    ``slots``: layer -> (group, layer within the group) whose pages it reads.
+    """
+
+    geometry: Geometry
+    slots: Mapping[int, tuple[int, int]]
+    registry: OpRegistry
+
+    def slot(self, layer: int) -> tuple[int, int]:
+        """(group, layer within the group) whose pages a layer reads."""
+        return self.slots[layer]
+
+
+class Step:
+    """One forward over some sequences, whose new tokens lie one sequence after the other: ``N`` rows in all.
+
+    ``work``: what they are, in the order of ``reservations``. ``retainer``: whose method watches; None: nobody does.
+    """
+
+    def __init__(
+        self,
+        layers: StepLayers,
+        reservations: Sequence[Reservation],
+        groups: Sequence[GroupStep],
+        work: Sequence[SequenceWork],
+        retainer: Retainer | None,
+    ) -> None:
+        self.layers = layers
+        self.reservations = tuple(reservations)
+        self._groups = groups
+        self._retainer = retainer
+        self._watched: list[tuple[Reservation, SequenceWork, slice]] = []
+        self._stored: dict[int, tuple[Tensor, Tensor]] = {}
+        first = 0
+        for r, item in zip(reservations, work, strict=True):
+            if item.watched and retainer is not None:
+                self._watched.append((r, item, slice(first, first + r.new_tokens)))
+            first += r.new_tokens
+
+    @property
+    def wants_inputs(self) -> bool:
+        """Whether `attend` is to be told what the layer's attention was given."""
+        return bool(self._watched) and self._retainer is not None and self._retainer.method.wants_hidden
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Stores a layer's new keys and values, ``k [N, Hkv, Dk]`` and ``v [N, Hkv, Dv]``."""
+        g, index = self.layers.slot(layer)
+        for write in self._groups[g].writes:
+            write(index, k, v)
+        if self._watched:
+            self._stored[layer] = (k, v)
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, call: LayerCall, inputs: ForwardInputs | None = None
+    ) -> Tensor:
+        """A layer's attention: ``q [N, Hq, D]`` over the pages and the fresh ``k, v [N, H, D]``; ``[N, Hq, Dv]``.
+
+        The layer's new keys and values must have been written before. ``inputs``: what its attention was given, for
+        retention.
+        """
+        g, index = self.layers.slot(layer)
+        group = self._groups[g]
+        out = attend_rows(q, k, v, index, group.few, group.prefill, call, self.layers.registry)
+        if (stored := self._stored.pop(layer, None)) is not None and inputs is not None:
+            self._show(layer, (q, k, v), stored, call, inputs)
+        return out
+
+    def _show(
+        self,
+        layer: int,
+        tokens: tuple[Tensor, Tensor, Tensor],
+        stored: tuple[Tensor, Tensor],
+        call: LayerCall,
+        inputs: ForwardInputs,
+    ) -> None:
+        """Shows retention what the layer has attended with."""
+        if self._retainer is None:
+            return
+        q, k, v = tokens
+        for r, item, rows in self._watched:
+            seq, replay = (item.replay[0], item.replay[1:]) if item.replay else (r.seq, None)
+            of_rows = (q[rows], k[rows], v[rows]), (stored[0][rows], stored[1][rows])
+            self._retainer.observe(layer, seq, r.start, *of_rows, call, inputs.of(rows), replay)
