@@ -57,8 +57,8 @@ _EAGER: Final = frozenset({"observed-attention"})
 """Presses that read the attention weights of the prompt's forward."""
 
 _UNEVEN: Final = frozenset({"pyramidkv"})
-"""Presses that leave layers of different lengths. transformers makes one mask for all layers, of the first one's length,
-so that what follows has to go in token by token, which needs none.
+"""Presses that leave layers of different lengths. transformers makes one mask for all layers, of the length of the
+first one's cache, so that what follows has to go in token by token, which needs none.
 """
 
 _PASSAGE_CHARACTERS: Final = 6000

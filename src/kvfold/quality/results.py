@@ -18,8 +18,8 @@ _MISSING: Final = "(missing)"
 
 @dataclass(frozen=True, slots=True)
 class TaskScore:
-    """Mean score of ``n`` samples, 0 to 1, and its 95 % interval. ``scores``: of each sample, in their order, so that two
-    contestants can be compared in pairs; results of earlier versions have none.
+    """Mean score of ``n`` samples, 0 to 1, and its 95 % interval. ``scores``: of each sample, in their order, so that
+    two contestants can be compared in pairs; results of earlier versions have none.
     """
 
     score: float

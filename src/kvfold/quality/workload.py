@@ -34,8 +34,8 @@ _CHARACTERS_PER_TOKEN: Final = 6  # a first guess; doubled where it is not enoug
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A sample of a task as tokens, and how many an answer may take. ``context_tokens``: so many tokens at the beginning
-    of ``prompt`` are its context. They end with its last line, and are the same whatever is asked.
+    """A sample of a task as tokens, and how many an answer may take. ``context_tokens``: so many tokens at the
+    beginning of ``prompt`` are its context. They end with its last line, and are the same whatever is asked.
     """
 
     sample: Sample
