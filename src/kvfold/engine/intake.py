@@ -53,7 +53,7 @@ class Intake:
         """The request, with its first branch; RequestError says why it can never be served."""
         tokens = self.tokens(prompt)
         limit = self._limit(tokens, params)
-        self._check(params)
+        self._check(params, len(tokens))
         end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._end_ids)
         request = Request(
             id=request_id,
@@ -138,11 +138,17 @@ class Intake:
             )
         return asked if params.max_tokens else min(self._context, self._capacity + 1)
 
-    def _check(self, params: SamplingParams) -> None:
+    def _check(self, params: SamplingParams, prompt_tokens: int) -> None:
         if params.n > self._max_sequences:
             raise RequestError(f"n={params.n}", why=f"at most {self._max_sequences} sequences run at once")
         if params.stop and self._tokenizer is None:
             raise RequestError("stop strings", why="the engine has no tokenizer", hint="use stop_token_ids")
+        if params.context_tokens is not None and params.context_tokens > prompt_tokens:
+            raise RequestError(
+                f"context_tokens={params.context_tokens}",
+                why=f"the prompt has {prompt_tokens} tokens",
+                hint="the context is a part of the prompt; None for all of it",
+            )
         for token in params.stop_token_ids:
             if token >= self._vocab:
                 raise RequestError(f"bad stop token id {token}", why=f"the vocabulary has {self._vocab} tokens")

@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Final
 
@@ -33,11 +34,14 @@ _CHARACTERS_PER_TOKEN: Final = 6  # a first guess; doubled where it is not enoug
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A sample of a task as tokens, and how many an answer may take."""
+    """A sample of a task as tokens, and how many an answer may take. ``context_tokens``: so many tokens at the
+    beginning of ``prompt`` are its context. They end with its last line, and are the same whatever is asked.
+    """
 
     sample: Sample
     prompt: tuple[int, ...]
     max_tokens: int
+    context_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +60,11 @@ class Workload:
 
     @property
     def digest(self) -> str:
-        """Equal for equal tokens and references."""
+        """Equal for equal tokens and references, and, where contexts are compressed, equal contexts."""
         asked = [(q.prompt, q.max_tokens, q.sample.references) for q in self.questions]
-        data = (self.passages, self.score_from, self.prompts, asked, sorted(self.stop))
+        data: tuple[object, ...] = (self.passages, self.score_from, self.prompts, asked, sorted(self.stop))
+        if self.settings.compress == "context":
+            data = (*data, [q.context_tokens for q in self.questions])
         return hashlib.sha256(repr(data).encode()).hexdigest()
 
 
@@ -154,11 +160,11 @@ def _question(
     target = settings.context
     while True:
         sample = make_sample(task, seed, target, count_tokens, depth=depth)
-        prompt = _render(tokenizer, sample)
+        prompt, context_tokens = _render(tokenizer, sample)
         room = _ANSWER_FACTOR * count_tokens(sample.answer) + _ANSWER_SLACK
         excess = len(prompt) + room - settings.context
         if excess <= 0:
-            return Question(sample, tuple(prompt), room)
+            return Question(sample, tuple(prompt), room, context_tokens)
         target -= excess
         if target < settings.context // 4:
             raise RequestError(
@@ -168,10 +174,20 @@ def _question(
             )
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> list[int]:
-    """As a chat, or, for base models, as a text to be continued."""
-    if tokenizer.chat_template:
+def _render(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> tuple[list[int], int]:
+    """As a chat, or, for base models, as a text to be continued; and how many of its tokens are the context's."""
+    chat = bool(tokenizer.chat_template)
+    text = f"{sample.context}\n\n{sample.question}\nAnswer:"
+    if chat:
         messages = [{"role": "user", "content": sample.prompt}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return _tokens(tokenizer, str(text))
-    return list(tokenizer.encode(f"{sample.context}\n\n{sample.question}\nAnswer:", verbose=False))
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    if (asked := text.rfind(sample.question)) < 0:
+        raise RequestError("the tokenizer's chat template", why="it does not give the user's words as they are")
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=not chat, verbose=False))
+
+    prompt, context = encode(text), encode(text[:asked].rstrip())
+    # A token that reaches over the end of the context is not in both, and goes with the question.
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(prompt, context, strict=False))
+    return prompt, sum(1 for _ in same)
