@@ -134,8 +134,9 @@ class PagedCache:
         if self.retainer is not None:
             self.retainer.truncate(seq, length)
 
-    def retain(self, seq: int) -> bool:
+    def retain(self, seq: int, *, final: bool = False) -> bool:
         """Runs the recipe's retention on a sequence; whether anything was dropped. Its memory goes back at once.
+        ``final``: it will not run on the sequence again, so that nothing noted of it needs to be kept.
 
         CacheFullError, with the cache as it was, if there is no room for what is kept beside what it is chosen from;
         UnsupportedError if the recipe has no retention.
@@ -143,7 +144,7 @@ class PagedCache:
         if self.retainer is None:
             raise UnsupportedError(f"retention under {self.recipe}", why="the recipe names no method")
         try:
-            return self.retainer.run(seq)
+            return self.retainer.run(seq, final=final)
         finally:
             self._follow_growth()
 

@@ -158,14 +158,17 @@ class Retainer:
 
     # ------------------------------------------------------------------------------------------------------ keeping
 
-    def run(self, seq: int) -> bool:
-        """Drops what the rule and the method say; whether there was anything to drop.
+    def run(self, seq: int, *, final: bool = False) -> bool:
+        """Drops what the rule and the method say; whether there was anything to drop. ``final``: as in
+        `PagedCache.retain`.
 
         CacheFullError if there is no room for what is kept beside what it is chosen from; with any error, nothing has
         changed.
         """
         keeping = self._manager.reserve_keep(seq)
         if keeping is None:
+            if final:
+                self._notes.pop(seq, None)
             return False
         try:
             packed = [self._pack(g, seq, keeping) for g in range(len(self._groups))]
@@ -183,6 +186,8 @@ class Retainer:
         for each in packed:
             if each is not None:
                 self._notes.setdefault(seq, {}).update(each.notes)
+        if final:
+            del self._notes[seq]
         self._count(before, self._held(seq))
         return True
 
