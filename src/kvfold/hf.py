@@ -37,7 +37,8 @@ class KVCache(Cache):
 
     ``recipe``: text or :class:`~kvfold.recipe.Recipe`. ``kv_memory``: a hard budget such as ``"2GiB"``; by default the
     cache grows with its use. Retention (``int4+snapkv(keep=0.25)``) runs behind every forward of several tokens, and
-    with ``every`` while decoding; ``chunk`` has no effect, what goes in at once is the caller's. ``check``: compare a short paged forward with the stock one first (once for each model).
+    with ``every`` while decoding; ``chunk`` has no effect, what goes in at once is the caller's. ``check``: compare a
+    short paged forward with the stock one first (once for each model).
 
     Works for greedy search, sampling, beams, assisted decoding, left-padded batches and further turns on the same
     cache. Padding takes no memory. Raises UnsupportedError with every reason if the model or the recipe cannot work.
