@@ -21,13 +21,13 @@ from kvfold.quality.report.tables import facts_table, standing_table, summary_ta
 if TYPE_CHECKING:
     from kvfold.quality.results import Evaluation
 
-__all__ = ["write_report"]
+__all__ = ["Section", "reproduce", "write_page", "write_report"]
 
 _WHOLE, _HALF, _THIRD, _PHONE = 1120.0, 556.0, 360.0, 368.0
 
 
 @dataclass(frozen=True, slots=True)
-class _Section:
+class Section:
     """A heading, what to look for, and figures in one, two or three columns; ``below`` is HTML after them."""
 
     title: str
@@ -46,8 +46,16 @@ def write_report(evaluation: Evaluation, folder: Path) -> Path:
     require_matplotlib()
     if not evaluation.rows:
         raise ReportError("the report has nothing to show", why="no row was measured", hint="name at least one recipe")
+    return write_page(folder, f"kvfold eval: {evaluation.model}", _parts(evaluation))
+
+
+def write_page(folder: Path, title: str, parts: Sequence[Section | str]) -> Path:
+    """Write ``index.html`` of these parts (texts are HTML) and the PNGs of its figures into ``folder``; returns the
+    page's path. As `write_report`, of which this is the second half.
+    """
+    require_matplotlib()
     with house_style():
-        made = _files(evaluation)
+        made = _files(title, parts)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in made.items():
@@ -68,22 +76,25 @@ def _replace(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _files(evaluation: Evaluation) -> dict[str, bytes]:
-    """Every file of the report: PNGs first, the page last."""
+def _parts(evaluation: Evaluation) -> list[Section | str]:
+    """The report of an evaluation, from its first line to its last."""
     rows = evaluation.rows
     found, names, styles = measures(rows), short_names(rows), family_styles(row.family for row in rows)
-    sections = [*_frontiers(found, names, styles), *_details(evaluation, names, styles)]
-    first, *others = [_render(section) for section in sections]
-    body = [_head(evaluation), _verdicts(found), first[0], _summary(evaluation, found, styles)]
-    body += [*(html for html, _ in others), _reproduce(evaluation)]
-    title = f"kvfold eval: {evaluation.model}"
+    first, *others = [*_frontiers(found, names, styles), *_details(evaluation, names, styles)]
+    summary = _summary(evaluation, found, styles)
+    return [_head(evaluation), _verdicts(found), first, summary, *others, reproduce(evaluation)]
+
+
+def _files(title: str, parts: Sequence[Section | str]) -> dict[str, bytes]:
+    """Every file of a page: PNGs first, the page last."""
+    made = [(part, {}) if isinstance(part, str) else _render(part) for part in parts]
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{style_sheet()}\n{_css()}</style></head>"
-        f"<body><main>{''.join(body)}</main></body></html>\n"
+        f"<body><main>{''.join(html for html, _ in made)}</main></body></html>\n"
     )
-    pictures = {f"{name}.png": data for _, images in (first, *others) for name, data in images.items()}
+    pictures = {f"{name}.png": data for _, images in made for name, data in images.items()}
     return pictures | {"index.html": page.encode()}
 
 
@@ -91,7 +102,7 @@ def _css() -> str:
     return (files("kvfold.quality.report") / "style.css").read_text(encoding="utf-8")
 
 
-def _frontiers(found: Sequence[Measure], names: dict[str, str], styles: dict[str, Style]) -> list[_Section]:
+def _frontiers(found: Sequence[Measure], names: dict[str, str], styles: dict[str, Style]) -> list[Section]:
     drawings = [frontier_drawing(measure, names, styles) for measure in found]
     main = [d for d, measure in zip(drawings, found, strict=True) if measure.key == "kl"]
     rest = [d for d, measure in zip(drawings, found, strict=True) if measure.key != "kl"]
@@ -104,17 +115,17 @@ def _frontiers(found: Sequence[Measure], names: dict[str, str], styles: dict[str
         "score of all tasks (upright lines: 95 % intervals)."
     )
     return [
-        _Section("The frontier", how, "frontier", 1, main),
-        _Section("The frontier, by other measures", more, "frontier", 2, rest),
+        Section("The frontier", how, "frontier", 1, main),
+        Section("The frontier, by other measures", more, "frontier", 2, rest),
     ]
 
 
-def _details(evaluation: Evaluation, names: dict[str, str], styles: dict[str, Style]) -> list[_Section]:
+def _details(evaluation: Evaluation, names: dict[str, str], styles: dict[str, Style]) -> list[Section]:
     rows = evaluation.rows
     tasks, positions = task_drawings(rows, names, styles), position_drawings(rows, names, styles)
     scores = f"<details><summary>All scores as a table</summary>{task_table(rows)}</details>" if tasks else ""
     return [
-        _Section(
+        Section(
             "Task by task",
             "Share of the expected answers that were found. Thin lines are 95 % intervals. The dashed line and the "
             "grey band are raw and its interval, so a mark inside the band is within noise of the full cache.",
@@ -123,7 +134,7 @@ def _details(evaluation: Evaluation, names: dict[str, str], styles: dict[str, St
             tasks,
             scores,
         ),
-        _Section(
+        Section(
             "Divergence by position",
             "Mean KL against raw along the text. A line that sinks to the right drifts: errors add up as the cache "
             "grows. All panels have the same scale; grey lines are the other families. Raw itself is zero throughout.",
@@ -131,7 +142,7 @@ def _details(evaluation: Evaluation, names: dict[str, str], styles: dict[str, St
             2,
             positions,
         ),
-        _Section(
+        Section(
             "Where the error sits",
             "Relative error of what is packed, in percent, by layer and KV head. All maps share one scale.",
             "errors",
@@ -141,7 +152,7 @@ def _details(evaluation: Evaluation, names: dict[str, str], styles: dict[str, St
     ]
 
 
-def _render(section: _Section) -> tuple[str, dict[str, bytes]]:
+def _render(section: Section) -> tuple[str, dict[str, bytes]]:
     """The section as HTML, and its PNGs: one for each frontier; small multiples come as one sheet."""
     if not section.drawings:
         return "", {}
@@ -205,7 +216,8 @@ def _summary(evaluation: Evaluation, found: Sequence[Measure], styles: dict[str,
     return text + "</section>"
 
 
-def _reproduce(evaluation: Evaluation) -> str:
+def reproduce(evaluation: Evaluation) -> str:
+    """How the figures were made, as HTML: command, settings, versions, hardware."""
     settings = {"model": evaluation.model, "seed": evaluation.seed} | evaluation.settings
     tables: list[tuple[str, Mapping[str, object]]] = [
         ("Settings", settings),
