@@ -91,7 +91,9 @@ class PagedCache:
         self.retainer: Retainer | None = None
         if recipe.method is not None:
             method = build_method(recipe.method)
-            self.retainer = Retainer(method, self.groups, self._pages, self.manager, self._sequence_pages)
+            self.retainer = Retainer(
+                method, self.groups, self._pages, self.manager, self._sequence_pages, self._follow_growth
+            )
         self._known: list[dict[int, tuple[int, SequencePages]]] = [{} for _ in self.groups]
         self._decode_tables: list[tuple[_DecodeKey, DecodeTables] | None] = [None] * len(self.groups)
 
@@ -143,10 +145,7 @@ class PagedCache:
         """
         if self.retainer is None:
             raise UnsupportedError(f"retention under {self.recipe}", why="the recipe names no method")
-        try:
-            return self.retainer.run(seq, final=final)
-        finally:
-            self._follow_growth()
+        return self.retainer.run(seq, final=final)
 
     def begin(self, work: Sequence[SequenceWork]) -> Step:
         """Reserves room for the new tokens of ``work`` (all or nothing: CacheFullError leaves the cache as it was)."""

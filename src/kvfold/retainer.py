@@ -67,7 +67,9 @@ class _Packed:
 
 
 class Retainer:
-    """See the module. ``pages_of(g, seq)``: what a group holds of a sequence, an open reservation's blocks included."""
+    """See the module. ``pages_of(g, seq)``: what a group holds of a sequence, an open reservation's blocks included.
+    ``follow_growth``: has the memory follow the books after blocks were taken.
+    """
 
     def __init__(
         self,
@@ -76,6 +78,7 @@ class Retainer:
         stores: Sequence[GroupPages],
         manager: CacheManager,
         pages_of: Callable[[int, int], SequencePages],
+        follow_growth: Callable[[], None],
     ) -> None:
         self.method = method
         self.stats = RetentionStats()
@@ -83,6 +86,7 @@ class Retainer:
         self._stores = stores
         self._manager = manager
         self._pages_of = pages_of
+        self._follow_growth = follow_growth
         self._notes: dict[int, dict[int, Notes]] = {}  # sequence -> layer -> notes
         self._kept: dict[int, tuple[KeptPages | None, ...]] = {}
         self._facts: dict[int, LayerFacts] = {}
@@ -171,6 +175,7 @@ class Retainer:
                 self._notes.pop(seq, None)
             return False
         try:
+            self._follow_growth()
             packed = [self._pack(g, seq, keeping) for g in range(len(self._groups))]
         except BaseException:
             self._manager.rollback_keep(keeping)

@@ -76,13 +76,14 @@ class Engine:
         self._runner = ModelRunner(
             model, recipe=self.recipe, kv_memory=budget, prefix_caching=prefix_caching, check=check
         )
-        books = self._runner.manager
+        books, retainer = self._runner.manager, self._runner.cache.retainer
         scheduler = Scheduler(
             books,
             max_batched_tokens=max_batched_tokens,
             max_sequences=max_sequences,
             prefix_caching=prefix_caching,
             rule=self.recipe.rule,
+            watches=0 if retainer is None else retainer.method.watches,
         )
         self._core = EngineCore(self._runner, scheduler, tokenizer)
         self._intake = Intake(

@@ -77,9 +77,11 @@ class Scheduler:
         max_sequences: int = 64,
         prefix_caching: bool = True,
         rule: KeepRule | None = None,
+        watches: int | None = 0,
     ) -> None:
         """``max_batched_tokens``: tokens of a step; ``max_sequences``: sequences that run at once. ``rule``: when
         retention runs; None: never. No chunk crosses such a point, so that where it runs hangs on the request alone.
+        ``watches``: see `RetentionMethod.watches`.
 
         ``prefix_caching``: whether it pays to wait for a prefix that another prompt is about to compute.
         """
@@ -94,6 +96,7 @@ class Scheduler:
         self._books = books
         self._prefix_caching = prefix_caching
         self._rule = rule
+        self._watches = watches
         self._block_size = books.block_size
         self._token_demand = _worst_token(books)
         self._running: list[Branch] = []
@@ -271,10 +274,12 @@ class Scheduler:
 
     def shareable(self, branch: Branch) -> Sequence[int]:
         """The tokens whose blocks a branch may take from the prefix index: those before the first retention point, so
-        that it runs where it would run without the index.
+        that it runs where it would run without the index, less what its method has to observe.
         """
         point = self._next_point(branch, 0)
-        return branch.tokens if point is None else branch.tokens[:point]
+        if point is None:
+            return branch.tokens
+        return branch.tokens[: 0 if self._watches is None else max(0, point - self._watches)]
 
     def retains_after(self, branch: Branch, length: int) -> bool:
         """Whether retention will run again on a branch beyond ``length`` tokens."""

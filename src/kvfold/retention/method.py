@@ -89,6 +89,10 @@ class RetentionMethod(ABC):
     """Whether the result hangs on queries of this request, so that it must not be shared with others."""
     wants_hidden: ClassVar[bool] = False
     """Whether `observe` needs the hidden states, or the rotary embedding."""
+    watches: ClassVar[int | None] = 0
+    """Latest tokens before a retention point whose forwards it must have observed; None: all tokens. Blocks of these
+    are computed, not taken from the prefix index.
+    """
     replays: ClassVar[bool] = False
     """Whether the context is to be repeated to the model before it is scored (see `Seen.replay`)."""
     merges: ClassVar[bool] = False
@@ -140,6 +144,11 @@ class Composed(RetentionMethod):
     def wants_hidden(self) -> bool:  # type: ignore[override]
         """As the inner one."""
         return self.inner.wants_hidden
+
+    @property
+    def watches(self) -> int | None:  # type: ignore[override]
+        """As the inner one."""
+        return self.inner.watches
 
     @property
     def replays(self) -> bool:  # type: ignore[override]
