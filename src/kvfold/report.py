@@ -334,7 +334,13 @@ def _print_self_test(console: Console, found: Examination) -> None:
 
 
 def stats_report(console: Console, stats: Mapping[str, object]) -> None:
-    """Name and value, one a line."""
+    """Name and value, one a line; what retention has done on a line of its own."""
+    if stats.get("retention_runs"):
+        blocks, sizes = (
+            [stats[f"retention_{what}_{when}"] for when in ("before", "after")] for what in ("blocks", "bytes")
+        )
+        before, after = (format_bytes(size) if isinstance(size, int) else size for size in sizes)
+        console.print(f"retention: {blocks[0]} blocks before, {blocks[1]} after ({before} before, {after} after)")
     for name, value in stats.items():
         shown = format_bytes(value) if name.endswith("_bytes") and isinstance(value, int) else value
         console.print(

@@ -4,10 +4,12 @@ rest.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from kvfold.cache import PagedCache
+from kvfold.cache import PagedCache, SequenceWork
 from kvfold.errors import CacheFullError, UnsupportedError
 from kvfold.geometry import Geometry
 from kvfold.kernels.cpu import rows
@@ -187,8 +189,6 @@ def test_where_the_prompt_was_cut_does_not_matter():
         tokens = torch.randn(160, 2, 2, 2, 16, generator=generator)
         start = 0
         for count in pieces:
-            from kvfold.cache import SequenceWork
-
             step = world.cache.begin([SequenceWork(seq, count)])
             for layer in range(2):
                 step.write(layer, *tokens[start : start + count, layer].unbind(1))
@@ -212,3 +212,26 @@ def test_what_cannot_work_is_refused_with_the_reason(recipe, config, reason):
         config = type(GEMMA)(**(GEMMA.to_dict() | {"layer_types": ["sliding_attention"] * 2}))
     with pytest.raises(UnsupportedError, match=reason):
         PagedCache(Geometry.from_config(config), Recipe.parse(recipe), dtype=torch.float32)
+
+
+def test_the_process_gives_the_memory_back():
+    """What is freed is not the process's any more: its resident memory falls with the blocks in use."""
+
+    def resident() -> int:
+        fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+        return int(fields["RssAnon"].split()[0]) * 1024
+
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("the system does not tell what memory a process holds")
+    world = RetainedWorld(LLAMA, "raw,block=32,recent=32+streaming(keep=0.125)", budget=64 << 20)
+    world.cache._memory.give_back([(0, world.cache.bytes_allocated())])  # the poison made it all real
+    seq = world.cache.create()
+    step = world.cache.begin([SequenceWork(seq, 100_000)])
+    for layer in range(2):
+        step.write(layer, torch.zeros(100_000, 2, 16), torch.zeros(100_000, 2, 16))
+    world.cache.commit(step)
+    before, held = resident(), world.cache.bytes_in_use()
+    world.cache.retain(seq)
+    freed = held - world.cache.bytes_in_use()
+    assert freed > 0.85 * held
+    assert before - resident() > 0.8 * freed
