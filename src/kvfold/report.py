@@ -271,9 +271,9 @@ def profile_report(console: Console, found: Profile) -> None:
         table.add_row(*row)
     console.print(table)
     console.print(
-        f"sinks, last {found.recent}: part of the attention. breadth: tokens a head looks at. top 10 %: what\n"
-        "a tenth of the past holds if kept once, newer tokens with it. for 95%, for 99%: how\n"
-        "much of the past heads must keep to hold that. gate: the highest of the KV heads.\n",
+        f"sinks, last {found.recent}: part of the attention. breadth: tokens a head looks at.\n"
+        "top 10%: what a tenth of the past holds if kept once, with all that is newer.\n"
+        "for 95%, 99%: how much of the past heads need for so much. gate: the highest.\n",
         style="dim",
     )
     if found.retrieval is not None:

@@ -266,8 +266,9 @@ def _reproduce(profile: Profile) -> str:
     ]
     facts = "".join(facts_table(title, values) for title, values in tables)
     return (
-        "<section><h2>All layers</h2><p class='lead'>Means over a layer's heads; of the gates, the highest. top 10 %: "
-        "mass that a tenth of the past holds if kept once. for 95 %, 99 %: the share of the past needed for so much.</p>"
+        "<section><h2>All layers</h2><p class='lead'>Means over a layer's heads; of the gates, the highest. "
+        "top 10%: mass that a tenth of the past holds if kept once. for 95%, 99%: the share of the past needed for "
+        "so much.</p>"
         f"{layer_table(profile)}</section>"
         f"<section><h2>How to get these figures</h2><pre>{escape(profile.command)}</pre>"
         f'<div class="facts">{facts}</div></section>'

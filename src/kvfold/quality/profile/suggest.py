@@ -49,7 +49,7 @@ def _heads(recipe: str, retrieval: Retrieval) -> Suggestion | None:
     if keep > _MOST:
         return None
     why = (
-        f"{enough.full} of {whole.full} KV heads find what is far back: with those alone on all tokens, "
+        f"{enough.full} of {whole.full} KV heads suffice to find what is far back: with no others on all tokens, "
         f"{enough.answers:.0%} of the answers' tokens are right ({whole.answers:.0%} with all), and the text's KL is "
         f"{enough.kl:.2g} nats"
     )

@@ -16,7 +16,7 @@ _TOP = SHARES.index(0.1)
 def headings(profile: Profile) -> tuple[str, ...]:
     """What stands above the columns of `layer_rows`."""
     budgets = (f"for {level:.0%}" for level in LEVELS)
-    return ("layer", "sinks", f"last {profile.recent}", "breadth", "top 10 %", *budgets, "gate", "K err", "V err")
+    return ("layer", "sinks", f"last {profile.recent}", "breadth", "top 10%", *budgets, "gate", "K err", "V err")
 
 
 def layer_rows(profile: Profile) -> list[tuple[str, ...]]:
@@ -40,7 +40,7 @@ def _row(profile: Profile, layer: LayerProfile) -> tuple[str, ...]:
         *(f"{statistics.fmean(layer.budgets[f'{level:g}']):.0%}" for level in LEVELS),
         f"{max(gates[layer.layer]):.2f}" if layer.layer in gates else "",
         *(
-            "" if errors is None or at is None else percent(statistics.fmean(grid[at])) + " %"
+            "" if errors is None or at is None else percent(statistics.fmean(grid[at])) + "%"
             for grid in (() if errors is None else (errors.k, errors.v))
         ),
         *(("", "") if errors is None else ()),
