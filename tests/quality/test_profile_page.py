@@ -139,8 +139,10 @@ def test_json_holds_all_of_it(profile: Profile) -> None:
 
 
 def test_the_same_seed_gives_the_same_profile(profile: Profile) -> None:
-    again = profile_model(tiny_model(), byte_tokenizer(), PLAN, TEXT)
+    shares: list[float] = []
+    again = profile_model(tiny_model(), byte_tokenizer(), PLAN, TEXT, lambda what, share: shares.append(share))
     assert again.as_json() == profile.as_json()
+    assert shares == pytest.approx([n / len(shares) for n in range(len(shares))])  # every forward, and no more
     other = profile_model(tiny_model(), byte_tokenizer(), replace(PLAN, seed=1), TEXT)
     assert other.retrieval != profile.retrieval
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Final
 
 import torch
@@ -38,6 +39,8 @@ _SCORED: Final = 128
 
 _CHECKS: Final = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
 """Shares of heads that are tried."""
+
+_Restrict = Callable[[Attended], Tensor | None]
 
 
 def gated_layers(geometry: Geometry, near: int) -> tuple[LayerGeometry, ...]:
@@ -134,26 +137,31 @@ def checked(
     heads = sum(map(len, gates.heads.values()))
     positions = observed_positions(len(passages[0]))
     scored = positions[:: -(-positions.numel() // _SCORED)].tolist()
-    reference = watched_forward(model, passages[0], keep=scored).float().log_softmax(-1)
+
+    def spoken(restrict: _Restrict | None, what: str) -> Tensor:
+        progress(what)
+        return watched_forward(model, passages[0], attended=restrict, keep=scored).float().log_softmax(-1)
+
+    reference = spoken(None, "the text with all heads")
     checks = []
     for full in check_counts(heads):
-        progress(f"{full} of {heads} heads on all tokens")
+        what = f"{full} of {heads} heads on all tokens"
         restrict = None if full == heads else _restriction(model, gates, full)
-        right, loss = _answers(model, texts, restrict)
+        right, loss = _answers(model, texts, restrict, partial(progress, what))
         divergence = 0.0
         if restrict is not None:
-            scores = watched_forward(model, passages[0], attended=restrict, keep=scored).float().log_softmax(-1)
-            divergence = float((reference.exp() * (reference - scores)).sum(-1).mean())
+            divergence = float((reference.exp() * (reference - spoken(restrict, what))).sum(-1).mean())
         checks.append(Check(full, full / heads, right, loss, max(divergence, 0.0)))
     return checks
 
 
 def _answers(
-    model: PreTrainedModel, texts: Iterable[Lookup], restrict: Callable[[Attended], Tensor | None] | None
+    model: PreTrainedModel, texts: Iterable[Lookup], restrict: _Restrict | None, say: Callable[[], None]
 ) -> tuple[float, float]:
     """Share of all asked tokens that are the likeliest, and their mean negative log-probability."""
     right, losses = [], []
     for text in texts:
+        say()
         scores = watched_forward(model, text.tokens, attended=restrict, keep=text.asked).float().log_softmax(-1)
         wanted = torch.tensor([text.tokens[at + 1] for at in text.asked], device=scores.device)
         right.append((scores.argmax(-1) == wanted).float().cpu())
@@ -161,7 +169,7 @@ def _answers(
     return float(torch.cat(right).mean()), float(torch.cat(losses).mean())
 
 
-def _restriction(model: PreTrainedModel, gates: Gates, full: int) -> Callable[[Attended], Tensor | None]:
+def _restriction(model: PreTrainedModel, gates: Gates, full: int) -> _Restrict:
     """Replaces the output of heads that are not among the ``full`` best."""
     chosen = gates.full(full)
     source = {layer.index: layer.source for layer in Geometry.from_config(model.config).layers}
@@ -184,7 +192,7 @@ def find_retrieval(
     recent: int,
     progress: Callable[[str], None] = lambda what: None,
 ) -> Retrieval:
-    """The gates of a model and what they are worth. ``progress`` is told of every text and every check."""
+    """The gates of a model and what they are worth. ``progress`` is told of every forward."""
     gates, recall, change = find_gates(model, texts, sinks, recent, progress)
     return Retrieval(
         kind=texts[0].kind,

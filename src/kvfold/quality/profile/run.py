@@ -129,17 +129,16 @@ def observe(
 
 
 class _Steps:
-    """Counts what is done: forwards, of which a check takes one for each text and one more."""
+    """Counts forwards: for each text to look things up in one for the gates and one a check, which takes one more."""
 
     def __init__(self, progress: Progress, forwards: int, asks: Sequence[Lookup], heads: int) -> None:
         self._progress = progress
-        self._check = len(asks) + 1
-        self._total = forwards + len(asks) + (len(check_counts(heads)) * self._check if asks else 0)
+        self._total = forwards + len(asks) + (len(check_counts(heads)) * (len(asks) + 1) if asks else 0)
         self._done = 0
 
     def __call__(self, what: str) -> None:
         self._progress(what, self._done / self._total)
-        self._done = min(self._total, self._done + (self._check if "heads on" in what else 1))
+        self._done += 1
 
 
 def _context(wanted: int | None, geometry: Geometry, near: int) -> int:
