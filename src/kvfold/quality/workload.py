@@ -21,7 +21,7 @@ from kvfold.errors import RequestError
 from kvfold.quality.settings import EvalSettings
 from kvfold.quality.tasks import Sample, heldout_text, make_sample
 
-__all__ = ["Question", "Workload", "build_workload", "read_text"]
+__all__ = ["Question", "Workload", "build_workload", "cut_passages", "read_text"]
 
 _ANSWER_FACTOR: Final = 2
 _ANSWER_SLACK: Final = 32
@@ -74,11 +74,11 @@ def build_workload(
     """The same workload for the same arguments. RequestError if the text is not there or too short."""
     text = read_text(settings.text)
     length = settings.context - settings.decode_steps
-    passages = _windows(tokenizer, text, length, settings.text_windows, f"text/{settings.seed}")
+    passages = cut_passages(tokenizer, text, length, settings.text_windows, f"text/{settings.seed}")
     prompts: list[tuple[int, ...]] = []
     if settings.generation_tokens:
         count, seed = settings.generation_passages, f"go on/{settings.seed}"
-        prompts = _windows(tokenizer, text, settings.generation_prompt, count, seed)
+        prompts = cut_passages(tokenizer, text, settings.generation_prompt, count, seed)
     # Samples of a task are cut from the same lines of text, which are counted again and again.
     count_tokens = lru_cache(_COUNTED)(lambda text: len(_tokens(tokenizer, text)))
     asked = [(task, i) for task in settings.tasks for i in range(settings.samples)]
@@ -110,7 +110,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
 
-def _windows(
+def cut_passages(
     tokenizer: PreTrainedTokenizerBase, text: str, length: int, count: int, seed: str
 ) -> list[tuple[int, ...]]:
     """``count`` windows of ``length`` tokens that begin at lines spread evenly over ``text``, each moved at random

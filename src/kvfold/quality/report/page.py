@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvfold.quality.report.canvas import Drawing, ReportError, house_style, png, require_matplotlib, sheet_of, svg
+from kvfold.quality.report.canvas import ReportError, house_style, png, require_matplotlib, sheet_of
 from kvfold.quality.report.frontier import frontier_drawing
+from kvfold.quality.report.layout import Section, html_page, render, write_whole
 from kvfold.quality.report.maps import error_drawings
-from kvfold.quality.report.palette import Style, family_styles, style_sheet
+from kvfold.quality.report.palette import Style, family_styles
 from kvfold.quality.report.panels import position_drawings, task_drawings
 from kvfold.quality.report.points import OURS, Measure, measures, short_names, verdict
 from kvfold.quality.report.tables import facts_table, standing_table, summary_table, task_table
@@ -22,20 +20,6 @@ if TYPE_CHECKING:
     from kvfold.quality.results import Evaluation
 
 __all__ = ["Section", "reproduce", "write_page", "write_report"]
-
-_WHOLE, _HALF, _THIRD, _PHONE = 1120.0, 556.0, 360.0, 368.0
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """A heading, what to look for, and figures in one, two or three columns; ``below`` is HTML after them."""
-
-    title: str
-    text: str
-    name: str
-    columns: int
-    drawings: Sequence[Drawing]
-    below: str = ""
 
 
 def write_report(evaluation: Evaluation, folder: Path) -> Path:
@@ -56,24 +40,8 @@ def write_page(folder: Path, title: str, parts: Sequence[Section | str]) -> Path
     require_matplotlib()
     with house_style():
         made = _files(title, parts)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in made.items():
-            _replace(folder / name, data)
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise ReportError(f"the report cannot be written to {folder}", why=why, hint="give another folder") from error
+    write_whole({folder / name: data for name, data in made.items()})
     return folder / "index.html"
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write to a temporary name, then move: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _parts(evaluation: Evaluation) -> list[Section | str]:
@@ -88,18 +56,8 @@ def _parts(evaluation: Evaluation) -> list[Section | str]:
 def _files(title: str, parts: Sequence[Section | str]) -> dict[str, bytes]:
     """Every file of a page: PNGs first, the page last."""
     made = [(part, {}) if isinstance(part, str) else _render(part) for part in parts]
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{style_sheet()}\n{_css()}</style></head>"
-        f"<body><main>{''.join(html for html, _ in made)}</main></body></html>\n"
-    )
     pictures = {f"{name}.png": data for _, images in made for name, data in images.items()}
-    return pictures | {"index.html": page.encode()}
-
-
-def _css() -> str:
-    return (files("kvfold.quality.report") / "style.css").read_text(encoding="utf-8")
+    return pictures | {"index.html": html_page(title, "".join(html for html, _ in made))}
 
 
 def _frontiers(found: Sequence[Measure], names: dict[str, str], styles: dict[str, Style]) -> list[Section]:
@@ -148,30 +106,18 @@ def _details(evaluation: Evaluation, names: dict[str, str], styles: dict[str, St
             "errors",
             3,
             error_drawings(rows, names),
+            kind="maps scaled",
         ),
     ]
 
 
 def _render(section: Section) -> tuple[str, dict[str, bytes]]:
     """The section as HTML, and its PNGs: one for each frontier; small multiples come as one sheet."""
-    if not section.drawings:
-        return "", {}
-    figures, images = [], {}
-    for index, drawing in enumerate(section.drawings):
-        salt = f"{section.name}-{section.columns}-{index}"  # ids of one figure must not be those of another
-        wide = drawing.draw({1: _WHOLE, 2: _HALF, 3: _THIRD}[section.columns])
-        figure = svg(wide, salt, drawing.alt)
-        if section.columns < 3:  # a third of a page is as wide as a phone
-            narrow = svg(drawing.draw(_PHONE), f"{salt}-narrow", drawing.alt)
-            figure = f'<div class="wide">{figure}</div><div class="narrow">{narrow}</div>'
-        figures.append(f"<figure>{figure}</figure>")
-        images[drawing.name] = png(wide)
-    if section.name != "frontier":
+    html, sheets = render(section)
+    images = {name: png(sheet) for name, sheet in sheets.items()}
+    if images and section.name != "frontier":
         images = {section.name: sheet_of(list(images.values()), section.columns)}
-    layout = {1: "one", 2: "two", 3: "three"}[section.columns]
-    kind = f"grid {layout}" + (" maps" if section.name == "errors" else "")
-    heading = f'<h2>{escape(section.title)}</h2><p class="lead">{escape(section.text)}</p>'
-    return f'<section>{heading}<div class="{kind}">{"".join(figures)}</div>{section.below}</section>', images
+    return html, images
 
 
 def _head(evaluation: Evaluation) -> str:
