@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from kvfold.codecs.pages import blank_arena
+from kvfold.codecs.pages import ArenaMemory
 from kvfold.telemetry import calm_openmp
 
 
 def test_an_arena_is_blank_and_writable() -> None:
-    arena = blank_arena(5 << 20, torch.device("cpu"))
+    arena = ArenaMemory(5 << 20, torch.device("cpu")).bytes
     assert arena.shape == (5 << 20,)
     assert arena.dtype == torch.uint8
     assert not arena.any()
     arena[-3:] = 7
     assert arena[-4:].tolist() == [0, 7, 7, 7]
-    assert blank_arena(0, torch.device("cpu")).numel() == 0
+    assert ArenaMemory(0, torch.device("cpu")).bytes.numel() == 0
 
 
 def test_openmp_is_calmed_unless_a_person_has_said_otherwise() -> None:

@@ -54,7 +54,7 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_help_has_examples(kvfold: Callable[..., Done]) -> None:
-    for verb in (["demo"], ["generate"], ["eval"], ["calibrate"], ["doctor"], ["bench", "decode"]):
+    for verb in (["demo"], ["generate"], ["eval"], ["calibrate"], ["profile"], ["doctor"], ["bench", "decode"]):
         done = kvfold(*verb, "--help")
         assert done.returncode == 0
         assert "Examples:" in done.stdout

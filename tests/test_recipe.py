@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvfold.clause import Clause
 from kvfold.errors import KVFoldError, RecipeError
 from kvfold.formats import VectorFormat
-from kvfold.recipe import Recipe
+from kvfold.recipe import Recipe, known_methods
 
 bits = st.sampled_from([None, 8, 4, 2])
 recipes = st.builds(
@@ -31,6 +32,43 @@ def test_text_and_recipe_are_inverse(recipe):
     assert Recipe.parse(text) == recipe
     assert str(Recipe.parse(text)) == text
     assert " " not in text
+
+
+clauses = st.recursive(
+    st.builds(Clause, st.sampled_from(["random", "keydiff", "snapkv", "streaming"])),
+    lambda inner: st.builds(lambda name, part: Clause(name, (part,)), st.sampled_from(["random", "snapkv"]), inner),
+    max_leaves=3,
+)
+rules = st.one_of(
+    st.fixed_dictionaries({"keep": st.floats(0.001, 1)}), st.fixed_dictionaries({"budget": st.integers(1, 2**20)})
+)
+
+
+@given(recipes, clauses, rules, st.dictionaries(st.sampled_from(["every", "chunk", "window"]), st.integers(0, 999)))
+def test_a_retention_clause_is_part_of_the_text(recipe, clause, rule, options):
+    recipe = replace(recipe, retention=Clause(clause.name, clause.inner, tuple(sorted({**options, **rule}.items()))))
+    text = str(recipe)
+    assert Recipe.parse(text) == recipe
+    assert str(Recipe.parse(text)) == text
+    assert recipe.fingerprint() != replace(recipe, retention=None).fingerprint()
+    assert recipe.rule is not None
+    assert (recipe.rule.keep, recipe.rule.budget) == (rule.get("keep"), rule.get("budget"))
+    assert recipe.rule.chunk == options.get("chunk", 0)
+    assert recipe.method == replace_options(clause, options)
+
+
+def replace_options(clause, options):
+    return Clause(clause.name, clause.inner, tuple(item for item in options.items() if item[0] == "window"))
+
+
+def test_spaces_in_a_clause_do_not_matter():
+    assert str(Recipe.parse("int4 , recent=32 + snapkv( random , keep = .25 ,window=16 )")) == (
+        "int4,recent=32+snapkv(random,keep=0.25,window=16)"
+    )
+
+
+def test_words_of_methods_are_their_files():
+    assert {"random", "streaming", "keydiff", "snapkv"} <= set(known_methods("retention"))
 
 
 @given(recipes, st.randoms(use_true_random=False))
@@ -101,8 +139,19 @@ def test_str_is_the_short_form(text, canonical):
         ("k16v4,scales=channel", "scales", "keys"),
         ("raw,scales=channel", "scales", "keys"),
         ("int4:calibrated,scales=channel", "scales", "calibrat"),
-        ("int4+snapkv(keep=0.25)", "'snapkv'", "known: raw, int8"),
-        ("int4+exact", "'exact'", "known: raw"),
+        ("int4+snipkv(keep=0.25)", "'snipkv'", "did you mean 'snapkv'"),
+        ("int4+exact", "'exact'", "known: "),
+        ("int4+snapkv", "snapkv", "keep=0.25"),
+        ("int4+snapkv(keep=0.25,budget=9)", "one of keep and budget", ""),
+        ("int4+snapkv(keep=0)", "keep", ""),
+        ("int4+snapkv(keep=1.5)", "keep", ""),
+        ("int4+snapkv(budget=0)", "budget", ""),
+        ("int4+snapkv(budget=12.5)", "budget", "12.5"),
+        ("int4+snapkv(keep=0.5,every=x)", "every", "'x'"),
+        ("int4+snapkv(keep=0.5,keep=0.5)", "'keep'", "twice"),
+        ("int4+snapkv(keep=0.5)+keydiff(keep=0.5)", "retention", "brackets"),
+        ("int4+snapkv(keep=0.5", "snapkv(keep=0.5", ""),
+        ("int4+", "''", ""),
         ("int2:calibrate(file.bin)", "'calibrate'", "calibrated"),
         ("int4,sinks=4,sinks=4", "'sinks'", ""),
         ("int4,sinks", "'sinks'", "sinks="),

@@ -14,6 +14,7 @@ from benchmarks.rivals.catalog import check_installed, parse_rivals
 
 from kvfold.cli.options import JsonOption, ModelOption, parse_recipe_list, share_progress, write_json
 from kvfold.cli.workload import (
+    CompressOption,
     ContextOption,
     DepthsOption,
     GenerationsOption,
@@ -49,6 +50,7 @@ def run(  # noqa: PLR0913 # every option is a parameter
     scored: ScoredOption = None,
     generation_tokens: GenerationTokensOption = None,
     generations: GenerationsOption = None,
+    compress: CompressOption = "prompt",
     seed: Annotated[int, typer.Option(help="Which passages and questions.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer samples and tokens, as `kvfold eval --quick`.")] = False,
     json_file: JsonOption = None,
@@ -89,6 +91,7 @@ def run(  # noqa: PLR0913 # every option is a parameter
         "scored_tokens": scored,
         "generation_tokens": generation_tokens,
         "generation_passages": generations,
+        "compress": compress,
         "seed": seed,
     }
     result = _measure(model, names, ours, _settings(quick, given), json_file, resume)

@@ -15,11 +15,29 @@ if TYPE_CHECKING:
     from benchmarks.rivals.stock import Rival
     from transformers import PreTrainedModel
 
-__all__ = ["DEFAULT", "PACKAGES", "RATIOS", "REFERENCE", "check_installed", "make_rival", "parse_rivals"]
+__all__ = [
+    "DEFAULT",
+    "KNOWN",
+    "PACKAGES",
+    "PRESSES",
+    "RATIOS",
+    "REFERENCE",
+    "check_installed",
+    "make_rival",
+    "parse_rivals",
+]
 
 REFERENCE: Final = "transformers-full"
 RATIOS: Final = ("0.5", "0.75", "0.875")
-_PRESSES: Final = ("knorm", "snapkv", "expected-attention", "streamingllm", "tova", "keydiff", "adakv-snapkv")
+_ALL_RATIOS: Final = ("0.25", *RATIOS, "0.9375")
+_USUAL: Final = ("knorm", "snapkv", "expected-attention", "streamingllm", "tova", "keydiff", "adakv-snapkv")
+
+PRESSES: Final = (
+    *("random", "knorm", "streamingllm", "observed-attention", "tova", "snapkv", "pyramidkv", "keydiff"),
+    *("expected-attention", "criticalkv-snapkv", "criticalkv-expected-attention", "adakv-snapkv"),
+    *("adakv-expected-attention", "criticaladakv-snapkv", "criticaladakv-expected-attention", "kvzip", "duo"),
+)
+"""The names of kvpress's methods here."""
 
 DEFAULT: Final = (
     REFERENCE,
@@ -28,10 +46,15 @@ DEFAULT: Final = (
     *("transformers-quanto-4bit", "transformers-quanto-4bit-channel", "transformers-quanto-4bit-channel-g32"),
     *("transformers-quanto-4bit-kivi-g128", "transformers-quanto-2bit", "transformers-quanto-2bit-kivi"),
     *("transformers-quanto-2bit-kivi-g32", "transformers-quanto-2bit-channel-g128", "transformers-fp8"),
-    *(f"kvpress-{press}-{ratio}" for press in _PRESSES for ratio in RATIOS),
+    *(f"kvpress-{press}-{ratio}" for press in _USUAL for ratio in RATIOS),
     *(f"truncation-{ratio}" for ratio in RATIOS),
 )
 """What runs unless told otherwise. Names without layout and group have transformers' defaults."""
+
+KNOWN: Final = tuple(
+    dict.fromkeys([*DEFAULT, *(f"kvpress-{press}-{ratio}" for press in PRESSES for ratio in _ALL_RATIOS)])
+)
+"""What patterns are compared with."""
 
 PACKAGES: Final = {
     "hqq": ("hqq", "termcolor", "einops"),
@@ -62,7 +85,7 @@ class _Dropping:
 
 
 def parse_rivals(text: str) -> tuple[str, ...]:
-    """Names separated by commas, each once: names or patterns (``kvpress-*``) of `DEFAULT`, or names like them with
+    """Names separated by commas, each once: names or patterns (``kvpress-*``) of `KNOWN`, or names like them with
     other bits, layouts, groups and ratios. ``all`` is `DEFAULT`. RequestError for a name that means nothing.
     """
     found: dict[str, None] = {}
@@ -72,7 +95,7 @@ def parse_rivals(text: str) -> tuple[str, ...]:
         if name == "all":
             names: Sequence[str] = DEFAULT
         elif any(sign in name for sign in "*?["):
-            names = [known for known in DEFAULT if fnmatchcase(known, name)]
+            names = [known for known in KNOWN if fnmatchcase(known, name)]
             if not names:
                 raise RequestError(f"no rival is like {name!r}", hint="known: " + ", ".join(DEFAULT))
         else:
@@ -132,8 +155,8 @@ def _spec(name: str) -> _Quantized | _Dropping | None:
             raise RequestError(f"unknown rival {name!r}", hint=f"{backend} has layouts {', '.join(_LAYOUTS[backend])}")
         return _Quantized(backend, bits, layout, group)
     if match := _DROPPING.fullmatch(name):
-        if match[1] is not None and match[1] not in _PRESSES:
-            raise RequestError(f"unknown rival {name!r}", hint="presses: " + ", ".join(_PRESSES))
+        if match[1] is not None and match[1] not in PRESSES:
+            raise RequestError(f"unknown rival {name!r}", hint="presses: " + ", ".join(PRESSES))
         return _Dropping(match[1], float(match[2]))
     raise RequestError(f"unknown rival {name!r}", hint="known: all, " + ", ".join(DEFAULT))
 

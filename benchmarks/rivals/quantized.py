@@ -87,17 +87,17 @@ class QuantizedRival(Rival):
         except ValueError as error:
             raise UnsupportedError(f"{self.name} on this model", why=str(error)) from error
 
-    def begin(self, prompt: Sequence[int]) -> tuple[Reader, Tensor]:
-        """The prompt in one forward, or as much of it as can be quantized, and then the rest."""
-        legal = len(prompt) - len(prompt) % self.multiple
+    def begin(self, prompt: Sequence[int], context: int | None = None) -> tuple[Reader, Tensor]:
+        """The prompt (or its context) in one forward, or as much of it as can be quantized, and then the rest."""
+        first = len(prompt[:context])
+        legal = first - first % self.multiple
         if not legal:
-            raise RequestError(
-                f"a prompt of {len(prompt)} tokens", why=f"{self.name} quantizes multiples of {self.multiple}"
-            )
+            raise RequestError(f"a prompt of {first} tokens", why=f"{self.name} quantizes multiples of {self.multiple}")
         reader = Reader(self.model, self.new_cache())
         logits = reader.read(prompt[:legal], keep=1)
         if legal < len(prompt):
-            logits = reader.read(prompt[legal:], keep=1)
+            for stop in self.cuts(legal, len(prompt)) if context else [len(prompt)]:
+                logits = reader.read(prompt[reader.position : stop], keep=1)
         return reader, logits[-1]
 
     def cuts(self, start: int, stop: int) -> Iterator[int]:

@@ -58,10 +58,19 @@ class Rival:
         """An empty cache."""
         return DynamicCache(config=self.model.config)
 
-    def begin(self, prompt: Sequence[int]) -> tuple[Reader, Tensor]:
-        """Reads the prompt in one forward; the last logits."""
+    def begin(self, prompt: Sequence[int], context: int | None = None) -> tuple[Reader, Tensor]:
+        """Reads the prompt in one forward, or its first ``context`` tokens in one and the rest behind what is kept of
+        them; the last logits.
+        """
         reader = Reader(self.model, self.new_cache())
-        return reader, reader.read(prompt, keep=1)[-1]
+        logits = reader.read(prompt[:context], keep=1)
+        return reader, self.rest(reader, prompt, context, logits)
+
+    def rest(self, reader: Reader, prompt: Sequence[int], context: int | None, logits: Tensor) -> Tensor:
+        """Reads what follows the context; the last logits, which are of ``logits`` if nothing does."""
+        if context is not None and context < len(prompt):
+            logits = reader.read(prompt[context:], keep=1)
+        return logits[-1]
 
     def cuts(self, start: int, stop: int) -> Iterator[int]:
         """Where the forwards end that read ``start`` to ``stop``."""
@@ -89,17 +98,25 @@ class Rival:
         return Forced(logits=torch.cat(logits), kv_bytes=kv_bytes, decode_tok_s=speed)
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Sequence[int]], *, max_tokens: int, stop: frozenset[int]) -> list[list[int]]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        stop: frozenset[int],
+        contexts: Sequence[int] | None = None,
+    ) -> list[list[int]]:
         """See `kvfold.quality.contestant.Contestant`; one prompt after the other."""
-        return [self._continue(prompt, max_tokens, stop) for prompt in prompts]
+        parts = contexts if contexts is not None else [None] * len(prompts)
+        return [self._continue(prompt, part, max_tokens, stop) for prompt, part in zip(prompts, parts, strict=True)]
 
     def close(self) -> None:
         """Nothing is held between calls."""
 
-    def _continue(self, prompt: Sequence[int], max_tokens: int, stop: frozenset[int]) -> list[int]:
+    def _continue(self, prompt: Sequence[int], context: int | None, max_tokens: int, stop: frozenset[int]) -> list[int]:
         said: list[int] = []
         try:
-            reader, logits = self.begin(prompt)
+            reader, logits = self.begin(prompt, context)
             while (token := int(logits.argmax())) not in stop:
                 said.append(token)
                 if len(said) == max_tokens:

@@ -18,7 +18,8 @@ SINKS: Final = 4
 
 
 class TruncatedRival(Rival):
-    """The prompt is read whole, then all but ``1 - ratio`` of it goes: the first `SINKS` and the last tokens stay.
+    """The prompt (or its context) is read whole, then all but ``1 - ratio`` of it goes: the first `SINKS` and the last
+    tokens stay.
 
     As many stay from there on, however long the sequence becomes; in this it differs from kvpress's StreamingLLM,
     which lets the cache grow again. Layers with a window of their own are left alone.
@@ -28,11 +29,12 @@ class TruncatedRival(Rival):
         super().__init__(model, name, "truncation", None)
         self.ratio = ratio
 
-    def begin(self, prompt: Sequence[int]) -> tuple[Reader, Tensor]:
-        """Reads the prompt in one forward, and truncates."""
-        kept = max(SINKS + 1, round(len(prompt) * (1 - self.ratio)))
+    def begin(self, prompt: Sequence[int], context: int | None = None) -> tuple[Reader, Tensor]:
+        """Reads the prompt, or its context, in one forward, and truncates; then the rest."""
+        kept = max(SINKS + 1, round(len(prompt[:context]) * (1 - self.ratio)))
         reader = _TruncatingReader(self.model, self.new_cache(), kept)
-        return reader, reader.read(prompt, keep=1)[-1]
+        logits = reader.read(prompt[:context], keep=1)
+        return reader, self.rest(reader, prompt, context, logits)
 
 
 class _TruncatingReader(Reader):

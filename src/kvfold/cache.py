@@ -26,7 +26,7 @@ from kvfold.attention.tables import (
     past_of,
     place_rows,
 )
-from kvfold.codecs.pages import PageStore, blank_arena, copy_blocks, seal, unseal, zero_blocks
+from kvfold.codecs.pages import ArenaMemory, PageStore, copy_blocks, seal, unseal, zero_blocks
 from kvfold.errors import UnsupportedError
 from kvfold.formats import TABLE_ENTRY_BYTES
 from kvfold.geometry import Geometry, LayerGroup
@@ -85,13 +85,16 @@ class PagedCache:
             prefix_caching=prefix_caching,
         )
         with torch.inference_mode(False):
-            self._arena = blank_arena(self.manager.arena.total_bytes, self.device)
+            self._memory = ArenaMemory(self.manager.arena.total_bytes, self.device)
+            self._arena = self._memory.bytes
             self._generation = self.manager.arena.generation
             self._pages = [group_pages(g, self._arena, dtype, recipe.calibration) for g in self.groups]
         self.retainer: Retainer | None = None
         if recipe.method is not None:
             method = build_method(recipe.method)
-            self.retainer = Retainer(method, self.groups, self._pages, self.manager, self._sequence_pages)
+            self.retainer = Retainer(
+                method, self.groups, self._pages, self.manager, self._sequence_pages, self._follow_growth
+            )
         self._known: list[dict[int, tuple[int, SequencePages]]] = [{} for _ in self.groups]
         self._decode_tables: list[tuple[_DecodeKey, DecodeTables] | None] = [None] * len(self.groups)
 
@@ -134,18 +137,19 @@ class PagedCache:
         if self.retainer is not None:
             self.retainer.truncate(seq, length)
 
-    def retain(self, seq: int) -> bool:
+    def retain(self, seq: int, *, final: bool = False) -> bool:
         """Runs the recipe's retention on a sequence; whether anything was dropped. Its memory goes back at once.
+        ``final``: it will not run on the sequence again, so that nothing noted of it needs to be kept.
 
         CacheFullError, with the cache as it was, if there is no room for what is kept beside what it is chosen from;
         UnsupportedError if the recipe has no retention.
         """
         if self.retainer is None:
             raise UnsupportedError(f"retention under {self.recipe}", why="the recipe names no method")
-        try:
-            return self.retainer.run(seq)
-        finally:
-            self._follow_growth()
+        dropped = self.retainer.run(seq, final=final)
+        if dropped:
+            self._memory.give_back(self.manager.arena.take_given_back())
+        return dropped
 
     def begin(self, work: Sequence[SequenceWork]) -> Step:
         """Reserves room for the new tokens of ``work`` (all or nothing: CacheFullError leaves the cache as it was)."""
@@ -215,9 +219,10 @@ class PagedCache:
         if arena.generation == self._generation:
             return
         with torch.inference_mode(False):  # an arena made inside of it could not be written outside
-            larger = blank_arena(arena.total_bytes, self.device)
+            memory = ArenaMemory(arena.total_bytes, self.device)
+            larger = memory.bytes
             larger[: self._arena.numel()] = self._arena
-            self._arena, self._generation = larger, arena.generation
+            self._memory, self._arena, self._generation = memory, larger, arena.generation
             for pages in self._pages:
                 pages.raw.rebind(larger)
                 if pages.packed is not None:

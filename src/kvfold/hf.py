@@ -24,6 +24,7 @@ from kvfold.geometry import Geometry
 from kvfold.modeling import STEP_KEYWORD, AttentionSwitch, ModelStep
 from kvfold.packed import check_model
 from kvfold.recipe import Recipe
+from kvfold.rule import KeepRule
 
 __all__ = ["KVCache"]
 
@@ -35,7 +36,9 @@ class KVCache(Cache):
     """A paged, packed cache for one ``generate()`` conversation with ``model``.
 
     ``recipe``: text or :class:`~kvfold.recipe.Recipe`. ``kv_memory``: a hard budget such as ``"2GiB"``; by default the
-    cache grows with its use. ``check``: compare a short paged forward with the stock one first (once for each model).
+    cache grows with its use. Retention (``int4+snapkv(keep=0.25)``) runs behind every forward of several tokens, and
+    with ``every`` while decoding; ``chunk`` has no effect, what goes in at once is the caller's. ``check``: compare a
+    short paged forward with the stock one first (once for each model).
 
     Works for greedy search, sampling, beams, assisted decoding, left-padded batches and further turns on the same
     cache. Padding takes no memory. Raises UnsupportedError with every reason if the model or the recipe cannot work.
@@ -61,6 +64,7 @@ class KVCache(Cache):
         self._recording = False
         self._sequences: list[int] = []
         self._seen = np.zeros((0, 0), dtype=bool)
+        self._prompts: list[int] = []
         self._hooks = _Hooks.on(model, check=check)
         self._pages = self._new_pages(model.dtype, model.device)
 
@@ -102,6 +106,24 @@ class KVCache(Cache):
             self._pages.abandon(step)
             raise
         self._seen = np.concatenate((self._seen, self._pending), axis=1)
+        if self.recipe.rule is not None:
+            self._retain(self.recipe.rule, self._pending.sum(1))
+
+    def _retain(self, rule: KeepRule, counts: np.ndarray) -> None:
+        """Runs retention where it is due behind a forward of ``counts [B]`` tokens.
+
+        A forward of several tokens is a prompt, or a part of one; not so when decoding rolls back, where only the
+        first one is.
+        """
+        lengths = self._seen.sum(1)
+        self._prompts = self._prompts or [0] * len(self._sequences)
+        for i, seq in enumerate(self._sequences):
+            before, length = int(lengths[i] - counts[i]), int(lengths[i])
+            if counts[i] > 1 and not (self._recording and self._prompts[i]):
+                self._prompts[i] = length
+            elif (point := rule.next_point(before, self._prompts[i])) is None or point > length:
+                continue
+            self._pages.retain(seq)
 
     def _real_tokens(self, batch: int, count: int, mask: Tensor | None) -> np.ndarray:
         """bool ``[B, count]``: which new positions are tokens. The mask must agree with what earlier steps said."""
@@ -170,6 +192,7 @@ class KVCache(Cache):
             self._pages = self._new_pages(self._pages.dtype, self._pages.device)
         self._sequences = []
         self._seen = np.zeros((0, 0), dtype=bool)
+        self._prompts = []
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows become forks of the rows ``beam_idx [B]``: tables are copied, pages are shared until they are
@@ -184,6 +207,7 @@ class KVCache(Cache):
         for seq in self._sequences:
             self._pages.free(seq)
         self._sequences, self._seen = chosen, self._seen[order]
+        self._prompts = [self._prompts[i] for i in order] if self._prompts else []
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row ``repeats`` times, the copies next to each other."""

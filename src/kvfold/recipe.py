@@ -151,7 +151,7 @@ class Recipe:
     def parse(cls, text: str) -> Recipe:
         """The recipe that ``text`` describes; RecipeError names the first word that is not understood."""
         plain, *clauses = _cut_clauses(text)
-        pieces = _split(plain)
+        pieces = _split(plain, text)
         (_, head, args), rest = pieces[0], pieces[1:]
         if args:
             raise RecipeError(f"bad recipe {text!r}", why=f"{head!r} takes no arguments")
@@ -304,18 +304,20 @@ def _cut_clauses(text: str) -> list[str]:
     return [*parts, text[start:]]
 
 
-def _split(text: str) -> list[tuple[str, str, str]]:
-    """``text`` cut before each ``,`` and ``:`` outside parentheses: (mark, body, "(args)" or "")."""
+def _split(plain: str, text: str) -> list[tuple[str, str, str]]:
+    """``plain``, the part of ``text`` before its clauses, cut before each ``,`` and ``:`` outside parentheses: (mark,
+    body, "(args)" or "").
+    """
     if not text.strip():
         raise RecipeError(f"bad recipe {text!r}", why="it is empty", hint="known: " + ", ".join(_WORDS))
     pieces: list[tuple[str, str, str]] = []
     at = 0
-    while at < len(text):
-        match = _PIECE.match(text, at)
+    while at < len(plain) or not pieces:
+        match = _PIECE.match(plain, at)
         if match is None or match.end() == at or not match[2] or bool(match[1]) != bool(pieces):
             raise RecipeError(
                 f"bad recipe {text!r}",
-                why=f"cannot read it from {text[at:]!r} on",
+                why=f"cannot read it from {(plain or text)[at:]!r} on",
                 hint="write a word, then options: int4,sinks=4,recent=64",
             )
         pieces.append((match[1], match[2], match[3] or ""))

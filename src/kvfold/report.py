@@ -17,6 +17,8 @@ from kvfold.doctor import STORAGES, Examination
 from kvfold.formats import format_bytes
 from kvfold.quality.calibrate import CalibrationReport
 from kvfold.quality.demo import DemoRow
+from kvfold.quality.profile import Profile
+from kvfold.quality.profile.tables import headings, layer_rows
 from kvfold.quality.results import Evaluation, Row, TaskScore
 from kvfold.quality.tasks import Document
 
@@ -29,6 +31,7 @@ __all__ = [
     "eval_report",
     "lm_eval_report",
     "prefix_report",
+    "profile_report",
     "stats_report",
 ]
 
@@ -261,6 +264,27 @@ def calibration_report(console: Console, report: CalibrationReport) -> None:
     console.print(f"A recipe to try: int2.5:calibrated({report.file})", highlight=False, soft_wrap=True)
 
 
+def profile_report(console: Console, found: Profile) -> None:
+    """A row for each layer, what is left with few full heads, and a recipe to paste."""
+    table = _table(f"{found.model}, {found.passages} x {found.tokens:,} tokens", headings(found))
+    for row in layer_rows(found):
+        table.add_row(*row)
+    console.print(table)
+    console.print(
+        f"sinks, last {found.recent}: part of the attention. breadth: tokens a head looks at.\n"
+        "top 10%: what a tenth of the past holds if kept once, with all that is newer.\n"
+        "for 95%, 99%: how much of the past heads need for so much. gate: the highest.\n",
+        style="dim",
+    )
+    if found.retrieval is not None:
+        table = _table("KV heads that keep every token", ("", *(f"{check.full}" for check in found.retrieval.checks)))
+        table.add_row("answer tokens right", *(f"{check.answers:.0%}" for check in found.retrieval.checks))
+        table.add_row("KL on the text", *(_nats(check.kl) for check in found.retrieval.checks))
+        console.print(table)
+    console.print(f"{found.suggestion.why[:1].upper()}{found.suggestion.why[1:]}.", highlight=False)
+    console.print(f"A recipe to try: {found.suggestion.recipe}", highlight=False, soft_wrap=True)
+
+
 def lm_eval_report(console: Console, outcome: Mapping[str, Any]) -> None:
     """The harness' tasks and metrics, a row each, with a column for each recipe: value ± standard error."""
     recipes: Mapping[str, Any] = outcome["recipes"]
@@ -334,7 +358,13 @@ def _print_self_test(console: Console, found: Examination) -> None:
 
 
 def stats_report(console: Console, stats: Mapping[str, object]) -> None:
-    """Name and value, one a line."""
+    """Name and value, one a line; what retention has done on a line of its own."""
+    if stats.get("retention_runs"):
+        blocks, sizes = (
+            [stats[f"retention_{what}_{when}"] for when in ("before", "after")] for what in ("blocks", "bytes")
+        )
+        before, after = (format_bytes(size) if isinstance(size, int) else size for size in sizes)
+        console.print(f"retention: {blocks[0]} blocks before, {blocks[1]} after ({before} before, {after} after)")
     for name, value in stats.items():
         shown = format_bytes(value) if name.endswith("_bytes") and isinstance(value, int) else value
         console.print(

@@ -67,7 +67,9 @@ class _Packed:
 
 
 class Retainer:
-    """See the module. ``pages_of(g, seq)``: what a group holds of a sequence, an open reservation's blocks included."""
+    """See the module. ``pages_of(g, seq)``: what a group holds of a sequence, an open reservation's blocks included.
+    ``follow_growth``: has the memory follow the books after blocks were taken.
+    """
 
     def __init__(
         self,
@@ -76,6 +78,7 @@ class Retainer:
         stores: Sequence[GroupPages],
         manager: CacheManager,
         pages_of: Callable[[int, int], SequencePages],
+        follow_growth: Callable[[], None],
     ) -> None:
         self.method = method
         self.stats = RetentionStats()
@@ -83,6 +86,7 @@ class Retainer:
         self._stores = stores
         self._manager = manager
         self._pages_of = pages_of
+        self._follow_growth = follow_growth
         self._notes: dict[int, dict[int, Notes]] = {}  # sequence -> layer -> notes
         self._kept: dict[int, tuple[KeptPages | None, ...]] = {}
         self._facts: dict[int, LayerFacts] = {}
@@ -158,16 +162,20 @@ class Retainer:
 
     # ------------------------------------------------------------------------------------------------------ keeping
 
-    def run(self, seq: int) -> bool:
-        """Drops what the rule and the method say; whether there was anything to drop.
+    def run(self, seq: int, *, final: bool = False) -> bool:
+        """Drops what the rule and the method say; whether there was anything to drop. ``final``: as in
+        `PagedCache.retain`.
 
         CacheFullError if there is no room for what is kept beside what it is chosen from; with any error, nothing has
         changed.
         """
         keeping = self._manager.reserve_keep(seq)
         if keeping is None:
+            if final:
+                self._notes.pop(seq, None)
             return False
         try:
+            self._follow_growth()
             packed = [self._pack(g, seq, keeping) for g in range(len(self._groups))]
         except BaseException:
             self._manager.rollback_keep(keeping)
@@ -183,6 +191,8 @@ class Retainer:
         for each in packed:
             if each is not None:
                 self._notes.setdefault(seq, {}).update(each.notes)
+        if final:
+            del self._notes[seq]
         self._count(before, self._held(seq))
         return True
 

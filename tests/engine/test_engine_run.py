@@ -209,6 +209,7 @@ def test_without_max_tokens_the_context_or_the_cache_ends_it(model: Any) -> None
         ([5], SamplingParams(stop_token_ids=(VOCAB,)), "vocabulary"),
         ([5] * 200, SamplingParams(max_tokens=300), "can never fit"),
         ([5] * 450, SamplingParams(max_tokens=None), "can never fit"),
+        ([5] * 10, SamplingParams(context_tokens=11), "the prompt has 10 tokens"),
     ],
 )
 def test_what_can_never_be_served_is_refused_at_once(

@@ -55,6 +55,8 @@ BAD = [
     ("seed", 1.0),
     ("logprobs", -1),
     ("ignore_eos", 1),
+    ("context_tokens", 0),
+    ("context_tokens", 1.5),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from kvfold.engine.scheduler import Scheduler, StepPlan, Work
 from kvfold.engine.state import Branch, Request, Status
 from kvfold.errors import RequestError
 from kvfold.memory.manager import CacheManager, GroupSpec
+from kvfold.rule import KeepRule
 
 SIZE = 4
 KIB64 = 2**16  # nothing is allocated; small beside a block are the tables
@@ -31,6 +33,8 @@ SLIDING = GroupSpec(
     kind="sliding",
     window=9,
 )
+HALVED = replace(PACKED, pages=4, rule=KeepRule(keep=0.5))
+BUDGETED = replace(FULL, sinks=2, recent=6, pages=4, rule=KeepRule(budget=16, every=8, chunk=16))
 
 
 class Driver:
@@ -42,7 +46,8 @@ class Driver:
         while (books := CacheManager(groups, budget, SIZE)).arena.total_bytes < wanted:
             budget += 4096  # the block tables take their share
         self.books = books
-        self.scheduler = Scheduler(self.books, **options)
+        rule = next((group.rule for group in groups if group.rule is not None), None)
+        self.scheduler = Scheduler(self.books, rule=rule, **options)
         self.arrivals = self.preempted = 0
         self.finished: list[int] = []
 
@@ -86,20 +91,31 @@ class Driver:
         work = list(plan.work)
         for branch, cached, first in plan.admit:
             seq = self.books.create()
-            self.books.adopt(seq, branch.tokens, cached, branch.request.salt)
+            self.books.adopt(seq, self.scheduler.shareable(branch), cached, branch.request.salt)
             branch.computed = cached
             self.scheduler.admit(branch, seq)
             work.append(first)
-        reservations = self.books.reserve_many([(branch.seq or 0, chunk) for branch, _, chunk, _ in work])
+        reservations = self.books.reserve_many([(item.branch.seq or 0, item.chunk) for item in work])
         for item, reservation in zip(work, reservations, strict=True):
-            branch, start, chunk, _ = item
+            branch, start, chunk = item[:3]
             assert (start, reservation.start) == (branch.computed, start)
             tokens = branch.tokens[start : start + chunk]
             self.books.finish_seals(self.books.commit(reservation, tokens, branch.request.salt))
             branch.computed += chunk
         for item in work:
+            if item.retain:
+                self._keep(item.branch)
+        for item in work:
             if item.sample:
                 self._sampled(item.branch)
+
+    def _keep(self, branch: Branch) -> None:
+        """Retention that needs all the blocks it may."""
+        keeping = self.books.reserve_keep(branch.seq or 0)
+        if keeping is not None:
+            used = [len(blocks) for blocks in keeping.blocks]
+            pages = [group.pages for group in self.books.groups]
+            self.books.keep(keeping, used, [n * (1 + each) for n, each in zip(used, pages, strict=True)])
 
     def _sampled(self, branch: Branch) -> None:
         request, branches = branch.request, [branch]
@@ -265,7 +281,7 @@ def test_a_step_must_have_room_for_every_sequence() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    groups=st.sampled_from([[FULL], [PACKED], [FULL, SLIDING], [PACKED, SLIDING]]),
+    groups=st.sampled_from([[FULL], [PACKED], [FULL, SLIDING], [PACKED, SLIDING], [HALVED], [BUDGETED, SLIDING]]),
     blocks=st.integers(20, 60),
     batched=st.sampled_from([8, 16, 64]),
     seed=st.integers(0, 10**6),
@@ -280,7 +296,8 @@ def test_everything_ends(groups: list[GroupSpec], blocks: int, batched: int, see
     for _ in range(60):
         if draw.random() < 0.4:
             length, tokens = draw.randint(1, 40), draw.randint(1, 12)
-            if driver.books.can_ever_fit(length + tokens, 1) and driver.books.can_ever_fit(length + tokens, batched):
+            total = length + tokens
+            if all(driver.books.can_ever_fit(total, chunk, length) for chunk in (1, batched)):
                 start = draw.choice([1, 1, 500])
                 n = draw.choice([1, 1, 1, 3])
                 live.append(driver.add(numbers(length, start), tokens, n=n))

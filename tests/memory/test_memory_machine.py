@@ -19,28 +19,41 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvfold.errors import BudgetError, CacheFullError, RequestError, UnsupportedError
 from kvfold.memory.manager import CacheManager, GroupSpec, Reservation, Seal, Unseal
+from kvfold.rule import KeepRule
 
 
 class ModelSequence:
-    """Tokens, and for each group which blocks have been packed and not been cut since, and how many are gone."""
+    """Tokens, and for each group which blocks have been packed and not been cut since, and how many are gone.
+
+    ``kept``: for each group, the blocks that retention has replaced, and what stands for them: (first, end, block ids,
+    entries). ``marks``: where retention has run. What is computed behind such a place is not what others compute.
+    """
 
     def __init__(self, groups: int) -> None:
         self.tokens: list[int] = []
         self.gone = [0] * groups
         self.packed: list[set[int]] = [set() for _ in range(groups)]
+        self.kept: list[tuple[int, int, tuple[int, ...], int]] = [(0, 0, (), 0)] * groups
+        self.marks: list[tuple[int, int]] = []
 
     def copy(self) -> ModelSequence:
         other = ModelSequence(len(self.packed))
         other.tokens = list(self.tokens)
         other.gone = list(self.gone)
         other.packed = [set(blocks) for blocks in self.packed]
+        other.kept = list(self.kept)
+        other.marks = list(self.marks)
         return other
 
+    def replaced(self, group: int) -> range:
+        first, end, _, _ = self.kept[group]
+        return range(first, end)
 
-def digests(tokens: list[int]) -> list[int]:
+
+def digests(tokens: list[int], marks: list[tuple[int, int]] = ()) -> list[int]:
     value, found = 0, []
-    for token in tokens:
-        value = hash((value, token))
+    for position, token in enumerate(tokens):
+        value = hash((value, token, *(mark for where, mark in marks if where == position)))
         found.append(value)
     return found
 
@@ -104,7 +117,7 @@ class World:
         for copy in reservation.copies:
             assert copy.src != copy.dst
             self.memory[copy.group, copy.state, copy.dst] = list(self.content(copy.group, copy.state, copy.src))
-        known = digests(model.tokens + tokens)
+        known = digests(model.tokens + tokens, model.marks)
         end = len(known)
         for group, (spec, runs) in enumerate(zip(self.groups, reservation.runs, strict=True)):
             written: list[int] = []
@@ -124,6 +137,7 @@ class World:
         """Raw and packed block indices by the rules."""
         length, size, spec = len(model.tokens), self.size, self.groups[group]
         live = [b for b in range(model.gone[group], -(-length // size)) if kept(spec, b, size, length)]
+        live = [b for b in live if b not in model.replaced(group)]
         raw = [b for b in live if b not in model.packed[group]]
         return raw, [b for b in live if b in model.packed[group]]
 
@@ -220,7 +234,9 @@ class World:
         for group in range(len(self.groups)):
             bare = replace(self.groups[group], margin=0)
             needed = {b for b in range(-(-length // size)) if kept(bare, b, size, length)}
-            possible &= needed <= set().union(*self.expected_blocks(model, group))
+            first, end, _, _ = model.kept[group]
+            possible &= needed - set(range(first, end)) <= set().union(*self.expected_blocks(model, group))
+            possible &= not first * size < length < end * size
         try:
             unseals = self.manager.truncate(seq, length)
         except UnsupportedError:
@@ -233,6 +249,11 @@ class World:
             return
         assert possible
         del model.tokens[length:]
+        for group, (first, _, _, _) in enumerate(model.kept):
+            if length <= first * size:
+                model.kept[group] = (0, 0, (), 0)
+        if not any(end for _, end, _, _ in model.kept):
+            model.marks.clear()
         model.gone = [min(gone, -(-length // size)) for gone in model.gone]
         for group, packed in enumerate(model.packed):
             live = set().union(*self.expected_blocks(model, group))
@@ -274,6 +295,45 @@ class World:
             self.play(manager.reserve(seq, new), tokens[hit : hit + new])
         return hit
 
+    def retain(self, seq: int, *, undo: bool) -> None:
+        """Retention, in which the caller needs only some of the blocks; or that is undone."""
+        self.finish()
+        manager, model, before = self.manager, self.model[seq], self.snapshot()
+        length, fits = len(model.tokens), self.manager.fits(self.manager.demand_keep(len(model.tokens)))
+        try:
+            keeping = manager.reserve_keep(seq)
+        except CacheFullError:
+            assert not fits
+            assert not self.growable
+            assert self.snapshot() == before
+            return
+        if keeping is None:
+            assert self.snapshot() == before
+            return
+        used, entries = [], []
+        for group, (spec, blocks, end) in enumerate(zip(self.groups, keeping.blocks, keeping.end, strict=True)):
+            used.append(max(0, len(blocks) - length % 2))
+            entries.append(used[-1] * (1 + spec.pages))
+            if end is not None:
+                raw, packed = self.expected_blocks(model, group)
+                first = -(-spec.sinks // self.size)
+                old = [b for b in (packed if spec.seals else raw) if first <= b < end]
+                view = manager.table(seq, group)
+                where = view.packed_block_index if spec.seals else view.raw_block_index
+                ids = view.packed_ids if spec.seals else view.raw_ids
+                assert manager.candidates(keeping, group) == [ids[where.tolist().index(b)] for b in old]
+        if undo:
+            manager.rollback_keep(keeping)
+            arena = (manager.arena.generation, manager.usage().in_use)
+            assert arena[0] != before[3] or arena[1] == before[5].in_use
+            return
+        manager.keep(keeping, used, entries)
+        for group, (spec, blocks, end) in enumerate(zip(self.groups, keeping.blocks, keeping.end, strict=True)):
+            if end is not None:
+                first = -(-spec.sinks // self.size)
+                model.kept[group] = (first, end, blocks[: used[group]], entries[group])
+        model.marks.append((length, seq * 1000 + length))
+
     def reset_prefix_cache(self) -> None:
         self.manager.reset_prefix_cache()
         assert self.manager.bytes_cached() == 0
@@ -304,12 +364,14 @@ class World:
         if self.open or self.unfinished or self.unfinished_unseals:
             return
         blocks, entries = set(), 0
-        for seq in self.model:
+        for seq, model in self.model.items():
             for group in range(len(self.groups)):
                 view = manager.table(seq, group)
                 blocks |= {(group, "raw", b) for b in view.raw_ids.tolist()}
                 blocks |= {(group, "packed", b) for b in view.packed_ids.tolist()}
-                entries += view.raw_ids.size + view.packed_ids.size
+                entries += view.raw_ids.size + view.packed_ids.size + model.kept[group][3]
+                assert manager.kept(seq, group) == model.kept[group][2]
+                blocks |= {(group, self.groups[group].kept_state, b) for b in model.kept[group][2]}
         held = sum(manager.pool(g, state).block_bytes for g, state, _ in blocks)
         assert manager.bytes_in_use() == held + 8 * entries
 
@@ -318,7 +380,7 @@ class World:
         waiting = {(seal.group, seal.packed_id) for seal in self.unfinished}
         for seq, model in self.model.items():
             assert self.manager.length(seq) == len(model.tokens)
-            known = digests(model.tokens)
+            known = digests(model.tokens, model.marks)
             everything = []
             for group in range(len(self.groups)):
                 view = self.manager.table(seq, group)
@@ -364,7 +426,7 @@ class World:
 
 MOST = 6  # sequences at a time
 GROUPS = st.builds(
-    lambda kind, window, raw, packed, sinks, recent, margin: GroupSpec(
+    lambda kind, window, raw, packed, sinks, recent, margin, pages, keep: GroupSpec(
         name=kind,
         raw_block_bytes=64 * raw,
         packed_block_bytes=64 * packed,
@@ -373,6 +435,8 @@ GROUPS = st.builds(
         kind=kind,
         window=None if kind == "full" else window,
         margin=margin,
+        pages=pages,
+        rule=keep if kind == "full" else None,
     ),
     kind=st.sampled_from(["full", "full", "sliding", "chunked"]),
     window=st.integers(1, 14),
@@ -381,6 +445,8 @@ GROUPS = st.builds(
     sinks=st.integers(0, 5),
     recent=st.integers(0, 9),
     margin=st.sampled_from([0, 0, 1, 5, 16]),
+    pages=st.integers(1, 4),
+    keep=st.sampled_from([KeepRule(keep=0.3), KeepRule(keep=0.7), KeepRule(budget=6), KeepRule(budget=16), None]),
 )
 COUNTS = st.integers(1, 14)
 TOKEN = st.integers(0, 1)
@@ -481,6 +547,12 @@ class MemoryMachine(RuleBasedStateMachine):
         like = self.world.model[self.one_of(list(self.world.model), which)]
         self.world.adopt(like.tokens + [token] * count, new)
 
+    @rule(which=WHICH, undo=st.sampled_from([False, False, True]))
+    def retain(self, which: int, undo: bool) -> None:
+        seq = self.some(which)
+        if seq is not None:
+            self.world.retain(seq, undo=undo)
+
     @rule()
     def reset_prefix_cache(self) -> None:
         self.world.reset_prefix_cache()
@@ -521,6 +593,8 @@ def random_group(draw: random.Random) -> GroupSpec:
         kind=kind,
         window=None if kind == "full" else draw.randint(1, 20),
         margin=draw.choice([0, 0, 1, 5, 16]),
+        pages=draw.randint(1, 4),
+        rule=draw.choice([KeepRule(keep=0.4), KeepRule(budget=12), None]) if kind == "full" else None,
     )
 
 
@@ -551,6 +625,8 @@ def walk(seed: int, steps: int) -> World:
             world.finish()
         elif action < 0.421:
             world.reset_prefix_cache()
+        elif action < 0.45 and settled:
+            world.retain(draw.choice(settled), undo=draw.random() < 0.3)
         elif action < 0.5 and settled:
             world.reserve(draw.choice(settled), new)
         elif action < 0.56 and world.model:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from kvfold.engine import Engine
 from kvfold.errors import NumericsError, RequestError
 from kvfold.geometry import Geometry
 from kvfold.quality.contestant import Forced
@@ -19,6 +21,7 @@ from kvfold.quality.journal import Journal
 from kvfold.quality.metrics import agreement, divergence, surprise
 from kvfold.quality.recipes import RecipeContestant, recipe_contestants
 from kvfold.quality.results import Row
+from kvfold.quality.units import Units
 from kvfold.recipe import Recipe
 from tests.engine.tiny_engine import byte_tokenizer, expected, tiny_model
 
@@ -143,6 +146,34 @@ def test_a_contestant_generates_what_transformers_does(model: Any, work: Workloa
     assert stopping[0] == free[0][: free[0].index(free[0][5])]
     one = raw.generate(prompts[:1], max_tokens=24, stop=frozenset({2}))[0]
     assert one == [token for token in expected(model, list(prompts[0]), 24) if token != 2]
+
+
+def test_contexts_reach_the_engine(model: Any, work: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each prompt with its own context, where contexts are compressed, and with none elsewhere."""
+    contestant = recipe_contestants(model, [])[0]
+    seen: list[int | None] = []
+    generate = Engine.generate
+
+    def listen(engine: Engine, prompts: Any, params: Any, **options: Any) -> Any:
+        seen.extend(each.context_tokens for each in params)
+        return generate(engine, prompts, params, **options)
+
+    monkeypatch.setattr(Engine, "generate", listen)
+    for compress in ("prompt", "context"):
+        asked = replace(work, settings=replace(work.settings, compress=compress), passages=(), prompts=())
+        units = Units([contestant], contestant, asked, Journal(None, {}))
+        for unit in units.all():
+            unit.run()
+    contexts = [question.context_tokens for question in work.questions]
+    assert seen == [None] * len(contexts) + contexts
+
+
+def test_scores_of_samples_stay_with_their_row(rows: list[Row]) -> None:
+    for row in rows:
+        for task in row.tasks.values():
+            assert len(task.scores) == task.n
+            assert sum(task.scores) / task.n == pytest.approx(task.score)
+        assert Row.from_json(json.loads(json.dumps(row.as_json()))) == row
 
 
 def test_forced_logits_are_the_models(model: Any, work: Workload) -> None:

@@ -1,4 +1,4 @@
-"""Rivals: the harness and truncation always; hqq, quanto and kvpress where benchmarks/rivals/setup.sh put them."""
+"""Rivals: the harness and truncation always; hqq and quanto where benchmarks/rivals/setup.sh put them."""
 
 from __future__ import annotations
 
@@ -17,39 +17,22 @@ from benchmarks.rivals.quantized import RESIDUAL, legal_multiple
 from benchmarks.rivals.session import RivalPlan, run_rivals, run_table
 from benchmarks.rivals.truncated import SINKS
 from transformers import PreTrainedModel, QuantizedCache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvfold.engine.loading import load
-from kvfold.errors import RequestError, UnsupportedError
+from kvfold.errors import RequestError
 from kvfold.quality.metrics import divergence
 from kvfold.quality.results import Evaluation
 from kvfold.quality.settings import EvalSettings
-
-PROMPT = 320
-TOKENS = 420
+from tests.quality.rival_samples import PROMPT, TOKENS, bytes_per_token, float_model, needs, source_tokens
 
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    return load("bundled", dtype=torch.float32)[0]
+    return float_model()
 
 
 @pytest.fixture(scope="module")
 def tokens() -> list[int]:
-    text = Path(torch.__file__).with_name("functional.py").read_text(encoding="utf-8")
-    return load("bundled")[1].encode(text[:8000], add_special_tokens=False)[:TOKENS]
-
-
-def bytes_per_token(model: PreTrainedModel) -> int:
-    config = model.config
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
-
-
-def needs(name: str) -> None:
-    try:
-        check_installed([name])
-    except UnsupportedError as error:
-        pytest.skip(f"{error.why}; see benchmarks/rivals/setup.sh")
+    return source_tokens()
 
 
 # == the reference
@@ -200,56 +183,20 @@ def test_a_prompt_too_short_to_be_quantized_is_refused(model, tokens):
         make_rival("transformers-quanto-4bit-channel", model).generate([tokens[:31]], max_tokens=1, stop=frozenset())
 
 
-# == kvpress
-
-
-@pytest.mark.parametrize("press", sorted(PRESSES))
-def test_presses_hold_what_they_keep(press, model, tokens):
-    needs(f"kvpress-{press}-0.75")
-    before = dict(ALL_ATTENTION_FUNCTIONS.items())
-    reference = make_rival("transformers-full", model).force(tokens, score_from=PROMPT)
-    rival = make_rival(f"kvpress-{press}-0.75", model)
-    forced = rival.force(tokens, score_from=PROMPT, decode_steps=1)
-    kept = PROMPT if press == "adakv-snapkv" else PROMPT // 4
-    assert forced.kv_bytes == (kept + TOKENS - PROMPT) * bytes_per_token(model)
-    kl, _ = divergence(reference.logits, forced.logits)
-    assert 1e-4 < float(kl.mean()) < 3
-    assert len(rival.generate([tokens[:200]], max_tokens=5, stop=frozenset())[0]) == 5
-    # The model and transformers are as they were: nobody else is measured under a press.
-    assert dict(ALL_ATTENTION_FUNCTIONS.items()) == before
-    again = make_rival("transformers-full", model).force(tokens, score_from=PROMPT)
-    assert torch.equal(again.logits, reference.logits)
-
-
-def test_a_press_that_drops_nothing_changes_nothing(model, tokens):
-    needs("kvpress-snapkv-0.0")
-    reference = make_rival("transformers-full", model).force(tokens, score_from=PROMPT)
-    forced = make_rival("kvpress-snapkv-0.0", model).force(tokens, score_from=PROMPT)
-    assert torch.equal(forced.logits, reference.logits)
-
-
-def test_adakv_masks_so_much_of_a_head(model, tokens):
-    """What it masks weighs nothing, on every layer, while the cache keeps its length."""
-    needs("kvpress-adakv-snapkv-0.75")
-    rival = make_rival("kvpress-adakv-snapkv-0.75", model)
-    try:
-        with torch.inference_mode():
-            rival.begin(tokens[:PROMPT])
-        heads = model.config.num_key_value_heads
-        for layer in model.model.layers:
-            _, _, places = layer.self_attn.masked_key_indices
-            assert len(places) == heads * (PROMPT - PROMPT // 4)
-    finally:
-        rival.end()
-
-
 # == names
 
 
 def test_every_default_has_a_meaning_and_every_press_a_name():
     assert parse_rivals("all") == DEFAULT
     assert parse_rivals(",".join(DEFAULT)) == DEFAULT
-    assert set(catalog._PRESSES) == set(PRESSES)
+    assert set(catalog.PRESSES) == set(PRESSES)
+
+
+def test_every_press_has_five_ratios():
+    names = parse_rivals("kvpress-*")
+    assert len(names) == 5 * len(PRESSES)
+    assert {name.rpartition("-")[2] for name in names} == {"0.25", "0.5", "0.75", "0.875", "0.9375"}
+    assert parse_rivals("kvpress-criticaladakv-expected-attention-0.9375")[0] in names
 
 
 def test_patterns_and_names_of_the_same_kind():
@@ -266,7 +213,7 @@ def test_patterns_and_names_of_the_same_kind():
         ("quanto", "known: all, transformers-full"),
         ("transformers-quanto-8bit", "quanto has bits 2, 4"),
         ("transformers-hqq-4bit-kivi", "hqq has layouts strided, token, mixed"),
-        ("kvpress-h2o-0.5", "presses: knorm"),
+        ("kvpress-zip-0.5", "presses: random, knorm"),
         ("kvpress-zip-*", "known: transformers-full"),
         (" , ", "known: all"),
     ],

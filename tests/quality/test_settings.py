@@ -53,6 +53,7 @@ def test_depths() -> None:
         ({"depths": (0.5, 1.5)}, "bad depth 1.5"),
         ({"depths": (float("nan"),)}, "bad depth nan"),
         ({"tasks": ("kv", "kvv")}, "unknown task 'kvv'"),
+        ({"compress": "question"}, "bad compress 'question'"),
     ],
 )
 def test_senseless_settings(changes: dict[str, object], says: str) -> None:
@@ -65,6 +66,12 @@ def test_as_json_names_no_folder() -> None:
     data = EvalSettings(text=Path("/somewhere/private/notes.txt")).as_json()
     assert json.loads(json.dumps(data)) == data
     assert data["text"] == "notes.txt"
+
+
+def test_what_is_compressed_is_told_only_where_it_is_the_context() -> None:
+    """Results from before it was a setting have the same settings as those of today that compress whole prompts."""
+    assert "compress" not in EvalSettings().as_json()
+    assert EvalSettings(compress="context").as_json()["compress"] == "context"
 
 
 def test_longest() -> None:

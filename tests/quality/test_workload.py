@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from kvfold.engine.loading import load
 from kvfold.errors import RequestError
+from kvfold.quality import workload
 from kvfold.quality.settings import EvalSettings
+from kvfold.quality.tasks import TASKS, Sample
 from kvfold.quality.workload import build_workload
 from tests.engine.tiny_engine import byte_tokenizer
 
@@ -102,3 +108,67 @@ def test_a_task_that_does_not_fit_is_refused(text: Path) -> None:
     with pytest.raises(RequestError, match="niah_multiquery in a context of 256") as refused:
         build_workload(byte_tokenizer(), settings)
     assert "--context" in refused.value.hint
+
+
+# == contexts
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_context_ends_with_its_last_line_and_knows_no_question(task: str, text: Path) -> None:
+    """Joined, the two parts are the prompt; the first holds all of the context and nothing of the question, and stays
+    the same when something else is asked.
+    """
+    tokenizer = load("bundled")[1]
+    settings = replace(SETTINGS, text=text, tasks=(task,), generation_tokens=0, context=1024)
+    questions = build_workload(tokenizer, settings).questions
+    render = workload._render
+    for question in questions:
+        first, rest = question.prompt[: question.context_tokens], question.prompt[question.context_tokens :]
+        content = question.sample.context.rstrip()
+        assert tokenizer.decode(first) == f"<|bos|><|user|>\n{content}"
+        assert tokenizer.decode(rest).strip().startswith(question.sample.question)
+        for other in ("?", "Who knows it?", "42", " ...", "\n- amber-falcon: 4821"):
+            prompt, tokens = render(tokenizer, replace(question.sample, question=other))
+            assert tuple(prompt[:tokens]) == first
+
+
+def test_a_token_over_the_end_goes_with_the_question() -> None:
+    """Where the last character is one token with the line break behind it, the context ends before it."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<s>": 0} | {letter: i for i, letter in enumerate([*letters, ".Ċ"], 1)}
+    model = Tokenizer(models.BPE(vocab=vocab, merges=[(".", "Ċ")]))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    model.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>")
+    prompt, tokens = workload._render(tokenizer, Sample("kv", "a: 1.", "What is a?", "a: 1", ("1",)))
+    assert tokenizer.decode(prompt[:tokens]) == "a: 1"
+    assert tokenizer.decode(prompt[tokens:]) == ".\n\nWhat is a?\nAnswer:"
+
+
+def test_a_template_that_changes_words_is_refused() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content | upper }}{% endfor %}"
+    with pytest.raises(RequestError, match="chat template"):
+        workload._render(tokenizer, Sample("kv", "a: 1", "What is a?", "a: 1", ("1",)))
+
+
+def test_the_digest_knows_contexts_only_where_they_are_compressed(text: Path) -> None:
+    settings = replace(SETTINGS, text=text)
+    work = build_workload(byte_tokenizer(), settings)
+    same = build_workload(byte_tokenizer(), replace(settings, compress="context"))
+    assert same.questions == work.questions
+    assert same.digest != work.digest
+    longer = tuple(replace(question, context_tokens=question.context_tokens + 1) for question in work.questions)
+    assert replace(work, questions=longer).digest == work.digest
+    assert replace(same, questions=longer).digest != same.digest
+
+
+def test_digests_of_earlier_versions_stay() -> None:
+    """What was measured before contexts were known still has the workload of today."""
+    tokenizer = byte_tokenizer()
+    passages = ((1, 2, 3), (4, 5, 6))
+    sample = Sample("kv", "a: 1", "What is a?", "a: 1", ("1",))
+    questions = (workload.Question(sample, (7, 8, 9), 40, 2),)
+    work = workload.Workload(SETTINGS, passages, 2, ((1, 2),), questions, frozenset({2}), tokenizer.decode)
+    data = (passages, 2, ((1, 2),), [((7, 8, 9), 40, ("1",))], [2])
+    assert work.digest == hashlib.sha256(repr(data).encode()).hexdigest()

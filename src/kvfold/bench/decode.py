@@ -91,6 +91,9 @@ class _Transformers:
         for layer, (k, v) in chunk.items():
             self.cache.update(k, v, layer)
 
+    def filled(self) -> None:
+        """It keeps all."""
+
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
         device = self.model.device
@@ -120,7 +123,9 @@ class _Paged:
 
     def __init__(self, model: PreTrainedModel, recipe: Recipe, batch: int, tokens: int) -> None:
         geometry = Geometry.from_config(model.config)
-        budget = geometry.cache_bytes(recipe, model.dtype.itemsize, [tokens + FILL_TOKENS] * batch)
+        # Whole sequences, and beside one of them what retention keeps of it.
+        lengths = [tokens + FILL_TOKENS] * (batch + (recipe.rule is not None))
+        budget = geometry.cache_bytes(recipe, model.dtype.itemsize, lengths)
         self.model = model
         self.recipe = recipe
         self.seal_every = recipe.block_size
@@ -134,6 +139,12 @@ class _Paged:
         for layer, (k, v) in chunk.items():
             step.write(layer, k.transpose(1, 2).flatten(0, 1), v.transpose(1, 2).flatten(0, 1))
         self.runner.cache.commit(step)
+
+    def filled(self) -> None:
+        """The prompt is whole: retention runs."""
+        if self.recipe.rule is not None:
+            for seq in self.sequences:
+                self.runner.cache.retain(seq, final=True)
 
     def step(self, tokens: Tensor) -> Tensor:
         start = self.runner.cache.length(self.sequences[0])
@@ -341,6 +352,8 @@ def _fill(
         for contestant in contestants:
             contestant.fill(chunk)
         wait_for(model.device)
+    for contestant in contestants:
+        contestant.filled()
 
 
 def _chunk(model: PreTrainedModel, count: int, batch: int, generator: torch.Generator) -> Chunk:

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from kvfold.calibration import Calibration, Side
 from kvfold.codecs.calibrated import calibrated_bases
-from kvfold.codecs.pages import PageStore, blank_arena
+from kvfold.codecs.pages import ArenaMemory, PageStore
 from kvfold.codecs.rotation import Basis
 from kvfold.errors import RequestError, UnsupportedError
 from kvfold.formats import BandFormat, PageFormat, VectorFormat
@@ -140,7 +140,7 @@ class PagedCodes:
         table = torch.randperm(shape.batch * pages, generator=generator).view(shape.batch, pages).to(device)
         heads = torch.arange(shape.kv_heads, device=device) * fmt.page_bytes
         self.addr = (table[:, None, :] * block_bytes + heads[:, None]).contiguous()
-        arena = blank_arena(table.numel() * block_bytes, device)
+        arena = ArenaMemory(table.numel() * block_bytes, device).bytes
         bases = _bases(recipe, fmt, device)
         self.store = PageStore(arena, fmt, dtype, bases=bases, heads=shape.kv_heads, layers=self.layers)
         self._fill(drawn, table)

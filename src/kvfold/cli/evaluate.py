@@ -24,6 +24,7 @@ from kvfold.cli.lm_eval import (
 )
 from kvfold.cli.options import JsonOption, ModelOption, parse_recipe_list, share_progress, write_json
 from kvfold.cli.workload import (
+    CompressOption,
     ContextOption,
     DepthsOption,
     GenerationsOption,
@@ -59,6 +60,7 @@ def evaluate(
     scored: ScoredOption = None,
     generation_tokens: GenerationTokensOption = None,
     generations: GenerationsOption = None,
+    compress: CompressOption = "prompt",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; the saved one without.")] = None,
     seed: Annotated[int, typer.Option(help="Which passages and questions.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer recipes, samples and tokens.")] = False,
@@ -93,6 +95,7 @@ def evaluate(
         "scored_tokens": scored,
         "generation_tokens": generation_tokens,
         "generation_passages": generations,
+        "compress": compress,
         "seed": seed,
     }
     _check_report(report)

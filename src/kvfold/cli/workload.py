@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 __all__ = [
+    "CompressOption",
     "ContextOption",
     "DepthsOption",
     "GenerationTokensOption",
@@ -28,3 +29,11 @@ WindowsOption = Annotated[int | None, typer.Option(help="Passages of the text. [
 ScoredOption = Annotated[int | None, typer.Option(help="Tokens scored at the end of each passage. [256]")]
 GenerationTokensOption = Annotated[int | None, typer.Option(help="Tokens to generate; 0: none. [512]")]
 GenerationsOption = Annotated[int | None, typer.Option(help="Prompts to generate from. [4]")]
+CompressOption = Annotated[
+    str,
+    typer.Option(
+        metavar="prompt|context",
+        help="What is compressed of a task: the whole prompt, question included, or only the context, before the "
+        "question is read.",
+    ),
+]

@@ -7,6 +7,7 @@ Every address is an int64 byte offset of a page in the arena, a multiple of 64. 
 from __future__ import annotations
 
 import mmap
+from collections.abc import Sequence
 from contextlib import suppress
 
 import torch
@@ -19,7 +20,7 @@ from kvfold.kernels.cpu import rows
 from kvfold.kernels.cpu.rows import NativePages
 from kvfold.kernels.runs import TokenRuns
 
-__all__ = ["PageStore", "blank_arena", "copy_blocks", "seal", "unseal", "zero_blocks"]
+__all__ = ["ArenaMemory", "PageStore", "copy_blocks", "seal", "unseal", "zero_blocks"]
 
 
 class PageStore:
@@ -137,19 +138,35 @@ def _rotation(fmt: VectorFormat | BandFormat) -> Rotation:
     return Rotation(fmt)
 
 
-def blank_arena(size: int, device: torch.device) -> Tensor:
-    """Zeros for an arena of ``size`` bytes, on a CPU in large pages of memory where the system gives them: blocks lie
-    anywhere in it, and looking up where their memory is takes time of its own.
+class ArenaMemory:
+    """The memory of an arena: ``bytes``, uint8 ``[size]``, zeros. On a CPU in large pages where the system gives them:
+    blocks lie anywhere in it, and looking up where their memory is takes time of its own.
 
     Memory becomes real when it is first written, as that of ``torch.zeros``.
     """
-    advice = getattr(mmap, "MADV_HUGEPAGE", None)
-    if device.type != "cpu" or advice is None or size == 0:
-        return torch.zeros(size, dtype=torch.uint8, device=device)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a system without large pages
-        memory.madvise(advice)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        advice = getattr(mmap, "MADV_HUGEPAGE", None)
+        self._map: mmap.mmap | None = None
+        if device.type != "cpu" or advice is None or size == 0:
+            self.bytes = torch.zeros(size, dtype=torch.uint8, device=device)
+            return
+        self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # a system without large pages
+            self._map.madvise(advice)
+        self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+
+    def give_back(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Gives the memory of byte ranges ``(first, last)`` back to the system, as far as whole pages of it go; what
+        was there is lost. Where that cannot be done it stays.
+        """
+        if self._map is None:
+            return
+        for first, last in ranges:
+            first, last = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, last // mmap.PAGESIZE * mmap.PAGESIZE
+            if first < last:
+                with suppress(OSError):
+                    self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def copy_blocks(arena: Tensor, src: Tensor, dst: Tensor, block_bytes: int) -> None:

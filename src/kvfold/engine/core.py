@@ -51,6 +51,7 @@ class EngineCore:
             logits = self._run(work)
             if logits is not None:
                 self._count(work)
+                self._retain(work)
                 self._advance(work, logits)
         ended = self._deliver()
         self.stats.seconds += time.perf_counter() - began
@@ -90,7 +91,7 @@ class EngineCore:
         branch, _, work = admission
         seq = self.runner.create()
         try:
-            branch.computed = self.runner.adopt(seq, branch.tokens, branch.request.salt)
+            branch.computed = self.runner.adopt(seq, self.scheduler.shareable(branch), branch.request.salt)
         except BaseException:
             self.runner.free(seq)
             raise
@@ -98,16 +99,16 @@ class EngineCore:
         if branch.request.cached_tokens is None:
             branch.request.cached_tokens = branch.computed
         self.scheduler.admit(branch, seq)
-        return Work(branch, branch.computed, work.start + work.chunk - branch.computed, work.sample)
+        return work._replace(start=branch.computed, chunk=work.start + work.chunk - branch.computed)
 
     def _run(self, work: Sequence[Work]) -> torch.Tensor | None:
         """The logits of the branches that sample; None if there was no room after all, and somebody had to give way."""
         items = []
-        for branch, start, chunk, sampled in work:
+        for branch, start, chunk, sampled, _, watched in work:
             if branch.seq is None:
                 raise RuntimeError("a branch in the plan holds no sequence")
             tokens = branch.tokens[start : start + chunk] if chunk > 1 else (branch.tokens[start],)
-            items.append(SeqWork(branch.seq, tokens, start, branch.request.salt, sampled))
+            items.append(SeqWork(branch.seq, tokens, start, branch.request.salt, sampled, watched))
         try:
             logits = self.runner.execute(items)
         except CacheFullError as error:
@@ -120,11 +121,33 @@ class EngineCore:
         self.peak_bytes = max(self.peak_bytes, self.runner.cache.bytes_in_use())
         return logits
 
+    def _retain(self, work: Sequence[Work]) -> None:
+        """Runs retention where the plan says so. Its room was planned; should it lack all the same (a method may need
+        more to find out what to keep), the youngest gives way, and whoever is alone is ended.
+        """
+        for part in work:
+            branch = part.branch
+            while part.retain and branch.seq is not None:
+                try:
+                    end = part.start + part.chunk
+                    self.runner.retain(
+                        branch.seq, branch.tokens[:end], final=not self.scheduler.retains_after(branch, end)
+                    )
+                    break
+                except CacheFullError as error:
+                    youngest = self.scheduler.running[-1]
+                    if youngest is branch:
+                        self._fail(branch, error) if len(self.scheduler.running) == 1 else self._preempt(
+                            branch, hold=True
+                        )
+                    else:
+                        self._preempt(youngest, hold=True)
+
     # -- commit
 
     def _count(self, work: Sequence[Work]) -> None:
         self.stats.steps += 1
-        for branch, start, chunk, _ in work:
+        for branch, start, chunk, *_ in work:
             prompt = min(chunk, max(0, len(branch.request.prompt) - start))
             self.stats.prefill_tokens += prompt
             self.stats.decode_tokens += chunk - prompt
@@ -136,7 +159,10 @@ class EngineCore:
         rows: list[Branch] = []
         place: list[int] = []  # row of the logits, for each row
         sampling = 0
-        for branch, start, chunk, sampled in work:
+        for branch, start, chunk, sampled, *_ in work:
+            if branch.status is not Status.RUNNING:  # had to give way to retention
+                sampling += sampled
+                continue
             branch.computed = start + chunk
             if not sampled:
                 continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvfold.cache import group_spec
 from kvfold.engine.core import EngineCore
-from kvfold.engine.intake import Intake, is_single, longest_sequence
+from kvfold.engine.intake import Intake, Room, is_single
 from kvfold.engine.loading import available_memory, check_recipe, end_tokens, load
 from kvfold.engine.progress import ProgressLine
 from kvfold.engine.request import Prompt, RequestOutput, SamplingParams, StreamChunk
@@ -75,19 +76,21 @@ class Engine:
         self._runner = ModelRunner(
             model, recipe=self.recipe, kv_memory=budget, prefix_caching=prefix_caching, check=check
         )
-        books = self._runner.manager
+        books, retainer = self._runner.manager, self._runner.cache.retainer
         scheduler = Scheduler(
             books,
             max_batched_tokens=max_batched_tokens,
             max_sequences=max_sequences,
             prefix_caching=prefix_caching,
+            rule=self.recipe.rule,
+            watches=0 if retainer is None else retainer.method.watches,
         )
         self._core = EngineCore(self._runner, scheduler, tokenizer)
         self._intake = Intake(
             tokenizer=tokenizer,
             vocab=geometry.vocab,
             context=self.context,
-            capacity=longest_sequence(books, self.context, max_batched_tokens),
+            capacity=Room(books, self.context, max_batched_tokens),
             max_sequences=max_sequences,
             end_ids=end_tokens(model, tokenizer),
             seed=seed,
@@ -262,10 +265,21 @@ class Engine:
             "sealed_blocks": memory.sealed_blocks,
             "copied_blocks": memory.copied_blocks,
             "evicted_blocks": memory.evictions,
+            **self._retention(),
             "kv_budget_bytes": usage.budget,
             "kv_peak_bytes": self._core.peak_bytes,
             "kv_in_use_bytes": usage.in_use,
             "kv_cached_bytes": usage.cached,
+        }
+
+    def _retention(self) -> dict[str, int]:
+        """What retention has done, under names of its own; nothing without it."""
+        retainer = self._runner.cache.retainer
+        if retainer is None:
+            return {}
+        stats = asdict(retainer.stats)
+        return {f"retention_{name}": count for name, count in stats.items()} | {
+            "retention_notes_bytes": retainer.nbytes()
         }
 
     def close(self) -> None:
@@ -302,5 +316,5 @@ def _default_budget(
 ) -> int:
     """Bytes for ``max_sequences`` full contexts, or what may be taken of the memory there is."""
     share = available_memory(model.device) // _SHARE
-    specs = [group_spec(group) for group in geometry.groups(recipe, model.dtype.itemsize)]
+    specs = [group_spec(group, recipe=recipe) for group in geometry.groups(recipe, model.dtype.itemsize)]
     return min(share, budget_for(specs, recipe.block_size, length=context, chunk=chunk, sequences=max_sequences))

@@ -15,11 +15,11 @@ from kvfold.engine.state import Branch, Request
 from kvfold.errors import RequestError
 from kvfold.memory.manager import CacheManager
 
-__all__ = ["Intake", "is_single", "longest_sequence"]
+__all__ = ["Intake", "Room", "is_single"]
 
 
 class Intake:
-    """Makes requests. ``context``: tokens the model allows; ``capacity``: tokens one sequence can have in the cache."""
+    """Makes requests. ``context``: tokens the model allows; ``capacity``: what one sequence can have in the cache."""
 
     def __init__(
         self,
@@ -27,7 +27,7 @@ class Intake:
         tokenizer: PreTrainedTokenizerBase | None,
         vocab: int,
         context: int,
-        capacity: int,
+        capacity: Room,
         max_sequences: int,
         end_ids: frozenset[int],
         seed: int,
@@ -53,7 +53,7 @@ class Intake:
         """The request, with its first branch; RequestError says why it can never be served."""
         tokens = self.tokens(prompt)
         limit = self._limit(tokens, params)
-        self._check(params)
+        self._check(params, len(tokens))
         end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._end_ids)
         request = Request(
             id=request_id,
@@ -130,19 +130,28 @@ class Intake:
                 hint="shorten the prompt",
             )
         asked = min(self._context, len(tokens) + params.max_tokens) if params.max_tokens else least
-        if asked - 1 > self._capacity:
+        if not self._capacity.holds(asked - 1, params.context_tokens or len(tokens)):
+            hint = "raise kv_memory, lower max_tokens, or choose a recipe with fewer bits"
+            if self._capacity.retains:
+                hint += ", or retention with chunk=512: it then runs while the prompt is read"
             raise RequestError(
                 f"prompt of {len(tokens)} tokens with max_tokens={params.max_tokens}",
-                why=f"{asked - 1} tokens can never fit: the cache holds {self._capacity} of one sequence",
-                hint="raise kv_memory, lower max_tokens, or choose a recipe with fewer bits",
+                why=f"{asked - 1} tokens can never fit: the cache holds {self._capacity.tokens} of one sequence",
+                hint=hint,
             )
-        return asked if params.max_tokens else min(self._context, self._capacity + 1)
+        return asked if params.max_tokens else min(self._context, self._capacity.tokens + 1)
 
-    def _check(self, params: SamplingParams) -> None:
+    def _check(self, params: SamplingParams, prompt_tokens: int) -> None:
         if params.n > self._max_sequences:
             raise RequestError(f"n={params.n}", why=f"at most {self._max_sequences} sequences run at once")
         if params.stop and self._tokenizer is None:
             raise RequestError("stop strings", why="the engine has no tokenizer", hint="use stop_token_ids")
+        if params.context_tokens is not None and params.context_tokens > prompt_tokens:
+            raise RequestError(
+                f"context_tokens={params.context_tokens}",
+                why=f"the prompt has {prompt_tokens} tokens",
+                hint="the context is a part of the prompt; None for all of it",
+            )
         for token in params.stop_token_ids:
             if token >= self._vocab:
                 raise RequestError(f"bad stop token id {token}", why=f"the vocabulary has {self._vocab} tokens")
@@ -165,12 +174,30 @@ def is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
     )
 
 
-def longest_sequence(books: CacheManager, context: int, chunk: int) -> int:
-    """The most tokens, up to ``context``, that one sequence can have in steps of ``chunk``."""
-    if books.can_ever_fit(context, min(chunk, context)):
-        return context
-    low, high = 0, context
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if books.can_ever_fit(middle, min(chunk, middle)) else (low, middle)
-    return low
+class Room:
+    """What one sequence can have in the cache of ``books``, up to ``context`` tokens, in steps of ``chunk``."""
+
+    def __init__(self, books: CacheManager, context: int, chunk: int) -> None:
+        self._books = books
+        self._chunk = chunk
+        self.retains = any(spec.rule is not None for spec in books.groups)
+        self.tokens = self._longest(context)
+        """The most tokens, all of them a prompt."""
+
+    def holds(self, tokens: int, prompt: int) -> bool:
+        """Whether a sequence can get to ``tokens`` tokens, the first ``prompt`` of which retention sees as one."""
+        if tokens <= self.tokens:
+            return True
+        return self.retains and self._books.can_ever_fit(tokens, min(self._chunk, tokens), prompt)
+
+    def _longest(self, context: int) -> int:
+        if self._fits(context):
+            return context
+        low, high = 0, context
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._fits(middle) else (low, middle)
+        return low
+
+    def _fits(self, tokens: int) -> bool:
+        return self._books.can_ever_fit(tokens, min(self._chunk, tokens))

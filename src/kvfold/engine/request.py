@@ -74,6 +74,10 @@ class SamplingParams:
     """Keep the stop string at the end of the text."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
+    context_tokens: int | None = None
+    """The first so many tokens of the prompt are its context: retention compresses at its end, before what follows is
+    read; None: at the end of the prompt.
+    """
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids"):
@@ -103,6 +107,8 @@ class SamplingParams:
             _whole("logprobs", self.logprobs, low=0, hint="0 reports the chosen token alone, None nothing")
         if self.seed is not None:
             _whole("seed", self.seed, low=None)
+        if self.context_tokens is not None:
+            _whole("context_tokens", self.context_tokens, low=1, hint="None compresses all of the prompt")
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise _bad(name, getattr(self, name), "True or False is needed")

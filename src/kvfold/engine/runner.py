@@ -23,7 +23,7 @@ __all__ = ["ModelRunner", "SeqWork"]
 @dataclass(frozen=True, slots=True)
 class SeqWork:
     """New ``tokens`` of sequence ``seq``, the first at position ``start``; ``sample``: the last one's logits are
-    wanted.
+    wanted; ``watched``: retention will run on the sequence, after them or later.
     """
 
     seq: int
@@ -31,6 +31,7 @@ class SeqWork:
     start: int
     salt: bytes
     sample: bool
+    watched: bool = True
 
 
 class ModelRunner:
@@ -95,6 +96,12 @@ class ModelRunner:
         """Ends a sequence."""
         self.cache.free(seq)
 
+    def retain(self, seq: int, tokens: Sequence[int], *, final: bool = False) -> bool:
+        """Runs the recipe's retention on a sequence, which holds ``tokens``; whether anything was dropped. Otherwise as
+        `PagedCache.retain`.
+        """
+        return self.cache.retain(seq, final=final)
+
     def release(self) -> None:
         """Takes everything off the model again."""
         self._packed.release()
@@ -112,7 +119,7 @@ class ModelRunner:
         return self._run([item], np.arange(len(item.tokens)))
 
     def _run(self, work: Sequence[SeqWork], keep: np.ndarray) -> Tensor:
-        step = self.cache.begin([SequenceWork(item.seq, len(item.tokens)) for item in work])
+        step = self.cache.begin([SequenceWork(item.seq, len(item.tokens), item.watched) for item in work])
         if any(item.start != r.start for item, r in zip(work, step.reservations, strict=True)):
             self.cache.abandon(step)
             raise ValueError("a work item does not start where its sequence ends")

@@ -18,17 +18,22 @@ from kvfold.engine.state import Branch, Status
 from kvfold.errors import RequestError
 from kvfold.memory.manager import CacheManager, Demand, PoolKey
 from kvfold.memory.reservation import NOTHING
+from kvfold.rule import KeepRule
 
 __all__ = ["Admission", "Scheduler", "StepPlan", "Work"]
 
 
 class Work(NamedTuple):
-    """``chunk`` tokens of a branch from ``start`` on; ``sample``: they are its last, a new token follows."""
+    """``chunk`` tokens of a branch from ``start`` on; ``sample``: they are its last, a new token follows; ``retain``:
+    retention runs on it after them; ``watched``: it will run then or later.
+    """
 
     branch: Branch
     start: int
     chunk: int
     sample: bool
+    retain: bool = False
+    watched: bool = False
 
 
 class Admission(NamedTuple):
@@ -71,8 +76,12 @@ class Scheduler:
         max_batched_tokens: int = 512,
         max_sequences: int = 64,
         prefix_caching: bool = True,
+        rule: KeepRule | None = None,
+        watches: int | None = 0,
     ) -> None:
-        """``max_batched_tokens``: tokens of a step; ``max_sequences``: sequences that run at once.
+        """``max_batched_tokens``: tokens of a step; ``max_sequences``: sequences that run at once. ``rule``: when
+        retention runs; None: never. No chunk crosses such a point, so that where it runs hangs on the request alone.
+        ``watches``: see `RetentionMethod.watches`.
 
         ``prefix_caching``: whether it pays to wait for a prefix that another prompt is about to compute.
         """
@@ -86,6 +95,8 @@ class Scheduler:
         self.max_sequences = max_sequences
         self._books = books
         self._prefix_caching = prefix_caching
+        self._rule = rule
+        self._watches = watches
         self._block_size = books.block_size
         self._token_demand = _worst_token(books)
         self._running: list[Branch] = []
@@ -107,10 +118,10 @@ class Scheduler:
     def plan(self) -> StepPlan:
         """The next step. Pure: asked twice it gives the same, and a plan that is dropped leaves nothing behind."""
         decoding = [b for b in self._running if len(b.tokens) - b.computed == 1]
-        work = [Work(b, b.computed, 1, True) for b in decoding]
+        work = [self._work(b, b.computed, 1) for b in decoding]
         # Room for every decode whatever its next token needs: the common case, and one question. Only then others may
         # join.
-        taken = _times(self._token_demand, len(decoding))
+        taken = sum((self._kept(w) for w in work), _times(self._token_demand, len(decoding)))
         roomy = self._books.fits(taken)
         if not roomy:
             work, taken, victim = self._tight_decodes(decoding)
@@ -124,20 +135,21 @@ class Scheduler:
         for branch in prompts:
             if budget == 0:
                 break
-            chunk = self._chunk(branch.computed, len(branch.tokens), budget)
-            need = self._books.demand(_seq(branch), chunk)
+            part = self._part(branch, branch.computed, budget)
+            need = self._need(part)
             if roomy and not self._books.fits(taken, need):
                 # The decodes may need less than their worst.
-                roomy, taken = False, sum((self._books.demand(_seq(w.branch), w.chunk) for w in work), NOTHING)
+                roomy, taken = False, sum((self._need(w) for w in work), NOTHING)
             if not self._books.fits(taken, need):
                 if branch is not self._running[-1]:
                     return StepPlan(preempt=self._running[-1])
                 break  # the youngest holds what it has, and waits
-            work.append(_work(branch, branch.computed, chunk))
+            work.append(part)
             taken += need
             # A prompt that was admitted is owed the room for all of it; newcomers may not take that.
-            owed += self._books.demand(_seq(branch), len(branch.tokens) - branch.computed)
-            budget -= chunk
+            rest = self._held_at_once(len(branch.tokens) - branch.computed)
+            owed += self._books.demand(_seq(branch), rest) + self._kept_of(branch)
+            budget -= part.chunk
         if not self._running:
             return self._first()
         admit, blocked = self._admissions(budget, owed, prompts) if roomy else ((), None)
@@ -150,9 +162,10 @@ class Scheduler:
         work: list[Work] = []
         taken = NOTHING
         for branch in decoding:
-            need = self._books.demand(_seq(branch), 1)
+            part = self._work(branch, branch.computed, 1)
+            need = self._need(part)
             if not need or self._books.fits(taken, need):
-                work.append(Work(branch, branch.computed, 1, True))
+                work.append(part)
                 taken += need
             elif branch is not self._running[-1]:
                 return [], NOTHING, self._running[-1]
@@ -171,19 +184,19 @@ class Scheduler:
                 break
             if branch is self._blocked:
                 return tuple(admit), branch
-            cached = self._books.match(branch.tokens, branch.request.salt)
+            cached = self._books.match(self.shareable(branch), branch.request.salt)
             if any(self._worth_awaiting(branch, cached, other) for other in [*prompts, *(a.branch for a in admit)]):
                 break
             # Beside the prompt itself, a block for each completion to grow into: else it is preempted as soon as
             # admitted.
-            owed += self._arrival(branch, cached, len(branch.tokens) - cached)
-            owed += _times(self._token_demand, branch.slots)
+            owed += self._arrival(branch, cached, self._held_at_once(len(branch.tokens) - cached))
+            owed += self._kept_of(branch) + _times(self._token_demand, branch.slots)
             if not self._books.fits(owed):
                 return tuple(admit), branch
-            chunk = self._chunk(cached, len(branch.tokens), budget)
-            admit.append(Admission(branch, cached, _work(branch, cached, chunk)))
+            part = self._part(branch, cached, budget)
+            admit.append(Admission(branch, cached, part))
             slots -= branch.slots
-            budget -= chunk
+            budget -= part.chunk
         return tuple(admit), None
 
     def _first(self) -> StepPlan:
@@ -196,23 +209,23 @@ class Scheduler:
         if admit:
             return StepPlan(admit=admit)
         head = self._waiting[0]
-        cached = self._books.match(head.tokens, head.request.salt)
-        chunk = self._chunk(cached, len(head.tokens), self.max_batched_tokens)
-        while chunk and not self._books.fits(self._arrival(head, cached, chunk)):
-            chunk //= 2
-        if not chunk:
+        cached = self._books.match(self.shareable(head), head.request.salt)
+        part = self._part(head, cached, self.max_batched_tokens)
+        while part.chunk and not self._books.fits(self._arrival(head, cached, part.chunk) + self._kept(part)):
+            part = self._work(head, cached, part.chunk // 2)
+        if not part.chunk:
             return StepPlan(stuck=head)
-        return StepPlan(admit=(Admission(head, cached, _work(head, cached, chunk)),))
+        return StepPlan(admit=(Admission(head, cached, part),))
 
     def _squeezed(self) -> StepPlan:
         """Nothing fits beside what is held: the youngest gives way; the last one left goes on in smaller steps."""
         if len(self._running) > 1:
             return StepPlan(preempt=self._running[-1])
         branch = self._running[0]
-        chunk = self._chunk(branch.computed, len(branch.tokens), self.max_batched_tokens)
-        while chunk and not self._books.fits(self._books.demand(_seq(branch), chunk)):
-            chunk //= 2
-        return StepPlan(work=(_work(branch, branch.computed, chunk),)) if chunk else StepPlan(stuck=branch)
+        part = self._part(branch, branch.computed, self.max_batched_tokens)
+        while part.chunk and not self._books.fits(self._need(part)):
+            part = self._work(branch, branch.computed, part.chunk // 2)
+        return StepPlan(work=(part,)) if part.chunk else StepPlan(stuck=branch)
 
     def _worth_awaiting(self, branch: Branch, cached: int, other: Branch) -> bool:
         """Whether ``other``, whose prompt is being computed, will soon offer ``branch`` more than the index does
@@ -241,14 +254,57 @@ class Scheduler:
         """
         return self._books.demand_for(cached, count, tokens=branch.tokens, salt=branch.request.salt)
 
-    def _chunk(self, start: int, end: int, budget: int) -> int:
-        """Tokens of a prompt to compute now: all that are left, or as many as the budget holds, to the end of a
-        block.
+    def _part(self, branch: Branch, start: int, budget: int) -> Work:
+        """The tokens of a branch to compute now: all that are left or, where it comes before, as many as there are to
+        the next retention point, or as the budget holds, to the end of a block.
         """
+        point = self._next_point(branch, start)
+        end = len(branch.tokens) if point is None else min(point, len(branch.tokens))
         if end - start <= budget:
-            return end - start
+            return self._work(branch, start, end - start)
         whole = (start + budget) // self._block_size * self._block_size - start
-        return whole if whole > 0 else budget
+        return self._work(branch, start, whole if whole > 0 else budget)
+
+    def _work(self, branch: Branch, start: int, count: int) -> Work:
+        point = self._next_point(branch, start)
+        retain = count > 0 and point == start + count
+        return Work(branch, start, count, start + count == len(branch.tokens), retain, point is not None)
+
+    # -- retention
+
+    def shareable(self, branch: Branch) -> Sequence[int]:
+        """The tokens whose blocks a branch may take from the prefix index: those before the first retention point, so
+        that it runs where it would run without the index, less what its method has to observe.
+        """
+        point = self._next_point(branch, 0)
+        if point is None:
+            return branch.tokens
+        return branch.tokens[: 0 if self._watches is None else max(0, point - self._watches)]
+
+    def retains_after(self, branch: Branch, length: int) -> bool:
+        """Whether retention will run again on a branch beyond ``length`` tokens."""
+        return self._next_point(branch, length) is not None
+
+    def _next_point(self, branch: Branch, start: int) -> int | None:
+        return None if self._rule is None else self._rule.next_point(start, branch.request.context)
+
+    def _need(self, part: Work) -> Demand:
+        """Blocks for a part of a running branch, and for what retention keeps after it."""
+        return self._books.demand(_seq(part.branch), part.chunk) + self._kept(part)
+
+    def _kept(self, part: Work) -> Demand:
+        return self._books.demand_keep(part.start + part.chunk) if part.retain else NOTHING
+
+    def _kept_of(self, branch: Branch) -> Demand:
+        """Blocks for what retention will keep of the tokens a branch has yet to compute."""
+        return NOTHING if self._rule is None else self._books.demand_keep(len(branch.tokens))
+
+    def _held_at_once(self, tokens: int) -> int:
+        """So many of ``tokens`` new ones are in the cache at once: of a prompt that is compressed while it is read, a
+        chunk beside what was kept before.
+        """
+        chunk = 0 if self._rule is None else self._rule.chunk
+        return min(tokens, 2 * chunk) if chunk else tokens
 
     # -- the changes
 
@@ -325,7 +381,3 @@ def _seq(branch: Branch) -> int:
     if branch.seq is None:
         raise ValueError("the branch holds no sequence")
     return branch.seq
-
-
-def _work(branch: Branch, start: int, count: int) -> Work:
-    return Work(branch, start, count, start + count == len(branch.tokens))

@@ -49,6 +49,11 @@ class Request:
     error: KVFoldError | None = None
 
     @property
+    def context(self) -> int:
+        """Tokens of the prompt at whose end retention runs: all, unless the request says otherwise."""
+        return self.params.context_tokens or len(self.prompt)
+
+    @property
     def finished(self) -> bool:
         """Whether every completion has ended. One that ends before the prompt is computed is the only one there ever
         is.

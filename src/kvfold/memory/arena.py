@@ -97,6 +97,7 @@ class Arena:
         """Changes whenever ``total_bytes`` does: the owner of the memory then allocates anew and copies."""
         self._free = list(range(self.n_extents))
         self._lent: set[int] = set()
+        self._given_back: set[int] = set()
         self._pools: list[Lender] = []
         self._clock = 0
 
@@ -135,6 +136,7 @@ class Arena:
             return None
         extent = heapq.heappop(self._free)
         self._lent.add(extent)
+        self._given_back.discard(extent)
         return extent
 
     def give_back(self, extent: int) -> None:
@@ -142,7 +144,21 @@ class Arena:
         if extent not in self._lent:
             raise ValueError(f"extent {extent} is not lent")
         self._lent.remove(extent)
+        self._given_back.add(extent)
         heapq.heappush(self._free, extent)
+
+    def take_given_back(self) -> list[tuple[int, int]]:
+        """Byte ranges ``(first, last)``, as long as can be, of the extents that were given back since this was last
+        asked and are still free: what they hold is of no use any more.
+        """
+        ranges: list[tuple[int, int]] = []
+        for extent in sorted(self._given_back):
+            first, last = extent * self.extent_bytes, (extent + 1) * self.extent_bytes
+            if ranges and ranges[-1][1] == first:
+                first = ranges.pop()[0]
+            ranges.append((first, last))
+        self._given_back.clear()
+        return ranges
 
     def longest_idle(self) -> Lender | None:
         """The pool whose longest idle extent has been idle the longest; None if no extent is idle."""

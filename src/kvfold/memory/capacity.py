@@ -62,6 +62,15 @@ class Capacity:
             packs=spec.seals,
         )
 
+    def retained(self, group: int, length: int) -> Counts:
+        """As `resting`, of a prompt on which retention has run."""
+        spec, rest = self._specs[group], self.resting(group, length)
+        if spec.rule is None:
+            return rest
+        gone = max(0, spec.candidates_end(length, self._size) - spec.sink_end(self._size))
+        kept = min(gone, spec.kept_blocks(length, self._size))
+        return Counts(rest.raw, rest.packed - gone + kept) if spec.seals else Counts(rest.raw - gone + kept, 0)
+
     def peak(self, group: int, length: int, chunk: int) -> Counts:
         """Blocks, at most, that a sequence holds at any moment on its way to ``length`` tokens in steps of at most
         ``chunk``.
@@ -71,10 +80,11 @@ class Capacity:
             return Counts(0, 0)
         steady = self._steady(group, min(chunk, length))
         raw = min(steady.raw, -(-length // size))
+        kept = spec.kept_blocks(length, size)  # what retention keeps lies beside what it is chosen from
         if not spec.seals:
-            return Counts(raw, 0)
+            return Counts(raw + kept, 0)
         packed = max(0, spec.packed_end(length, size) - spec.sink_end(size))
-        return Counts(raw, packed if steady.packed is None else min(packed, steady.packed))
+        return Counts(raw, kept + (packed if steady.packed is None else min(packed, steady.packed)))
 
     def extents(self, counts: Sequence[Counts]) -> int:
         """Extents that pools need for these blocks of each group."""
@@ -90,7 +100,7 @@ class Capacity:
     def cannot_fit(self, length: int) -> bool:
         """Whether a sequence of ``length`` tokens is too much even at rest. Errs to False."""
         groups = range(len(self._specs))
-        return self.extents([self.resting(group, length) for group in groups]) > self._n_extents
+        return self.extents([self.retained(group, length) for group in groups]) > self._n_extents
 
     def tokens(self) -> int:
         """Tokens a lone sequence surely gets to, one at a time."""
@@ -102,7 +112,7 @@ class Capacity:
         The fraction is the share of one more sequence's extents that is left. Below 1: the share of one that fits.
         """
         groups = range(len(self._specs))
-        rest = [self.resting(group, length) for group in groups]
+        rest = [self.retained(group, length) for group in groups]
         peak = [self.peak(group, length, length) for group in groups]
 
         def needed(sequences: int) -> int:

@@ -18,6 +18,7 @@ from kvfold.memory.audit import audit
 from kvfold.memory.books import Books
 from kvfold.memory.capacity import UNBOUNDED, Capacity
 from kvfold.memory.pool import BlockPool
+from kvfold.memory.rehearsal import rehearse
 from kvfold.memory.reservation import NOTHING, Copy, Demand, Keeping, Reservation, Run, Seal, Unseal
 from kvfold.memory.table import GroupSpec, PoolKey, SeqId, State, TableView
 
@@ -108,7 +109,7 @@ class CacheManager:
             prefix_caching=prefix_caching,
         )
         self._capacity: tuple[int, Capacity] | None = None
-        self._rehearsed: dict[tuple[int, int], bool] = {}
+        self._rehearsed: dict[tuple[int, int, int], bool] = {}
 
     @property
     def arena(self) -> Arena:
@@ -322,9 +323,9 @@ class CacheManager:
         """Sequences of ``length`` tokens that surely fit at once, at rest, with a fraction for what is left over."""
         return self._room().concurrency(length)
 
-    def can_ever_fit(self, total_tokens: int, chunk: int) -> bool:
+    def can_ever_fit(self, total_tokens: int, chunk: int, prompt: int | None = None) -> bool:
         """Whether a lone sequence can get to ``total_tokens`` tokens in steps of ``chunk`` (the last one may be
-        shorter).
+        shorter). ``prompt``: so many of them are a prompt (None: all), by which retention runs.
 
         Exact for just those steps. If it fits with an extent to spare, any steps of at most ``chunk`` tokens will do.
         """
@@ -332,8 +333,8 @@ class CacheManager:
             raise RequestError(f"{total_tokens} tokens in steps of {chunk}", why="both must be positive")
         if self._books.growable:
             return True
-        room, key = self._room(), (total_tokens, min(chunk, total_tokens))
-        if room.surely_fits(*key):
+        room, key = self._room(), (total_tokens, min(chunk, total_tokens), min(prompt or total_tokens, total_tokens))
+        if room.surely_fits(*key[:2]):
             return True
         if room.cannot_fit(total_tokens):
             return False
@@ -343,20 +344,10 @@ class CacheManager:
             self._rehearsed[key] = self._rehearse(*key)
         return self._rehearsed[key]
 
-    def _rehearse(self, total_tokens: int, chunk: int) -> bool:
+    def _rehearse(self, total_tokens: int, chunk: int, prompt: int) -> bool:
         """Takes the steps with books of its own."""
         books = Books(self.groups, self._asked, self.block_size, growable=False, fingerprint=b"", prefix_caching=False)
-        seq = sharing.create(books)
-        state = books.state(seq)
-        while state.length < total_tokens:
-            step = min(chunk, total_tokens - state.length)
-            quiet = (min(state.quiet_until, total_tokens) - state.length) // chunk * chunk
-            step = max(step, quiet)  # steps that change nothing are one
-            if not books.fits(steps.demand(books, state, step)):
-                return False
-            reservation = steps.reserve(books, ((seq, step),))[0]
-            books.finish(steps.commit(books, reservation, None, None))
-        return True
+        return rehearse(books, total_tokens, chunk, prompt)
 
     def _room(self) -> Capacity:
         books = self._books

@@ -51,13 +51,23 @@ class Contestant(Protocol):
         """
 
     def force(self, tokens: Sequence[int], *, score_from: int, decode_steps: int = 0) -> Forced:
-        """``tokens[:score_from]`` is the prompt and goes in as one prefill (kvfold: in chunks of
-        `PREFILL_TOKENS`); the rest goes in in chunks of `SCORED_TOKENS`, attending to the cache as it is stored.
+        """``tokens[:score_from]`` is the prompt, goes in as one prefill (kvfold: in chunks of `PREFILL_TOKENS`), and is
+        compressed at its end; the rest goes in in chunks of `SCORED_TOKENS`, attending to the cache as it is stored.
         """
 
-    def generate(self, prompts: Sequence[Sequence[int]], *, max_tokens: int, stop: frozenset[int]) -> list[list[int]]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        stop: frozenset[int],
+        contexts: Sequence[int] | None = None,
+    ) -> list[list[int]]:
         """Greedy continuations of at most ``max_tokens`` tokens: the new ones, without the stop token. With an empty
         ``stop`` each has exactly ``max_tokens``.
+
+        ``contexts``: so many tokens at the beginning of each prompt are its context, which is compressed by itself,
+        before what follows is read; None: all of each prompt is.
         """
 
     def close(self) -> None:

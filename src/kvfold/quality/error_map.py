@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvfold.attention.pieces import LayerCall
-from kvfold.cache import PagedCache, SequenceWork, Step
 from kvfold.codecs.calibrated import calibrated_bases
 from kvfold.codecs.pages import PageStore
 from kvfold.formats import sealed_until, sink_blocks
 from kvfold.geometry import Geometry, LayerGroup
-from kvfold.packed import PackedModel
 from kvfold.quality.results import ErrorMap
+from kvfold.quality.watch import watched_forward
 from kvfold.recipe import Recipe
-from kvfold.retainer import ForwardInputs
 
 __all__ = ["error_map", "keys_and_values"]
 
@@ -26,42 +22,16 @@ KeysAndValues = dict[int, tuple[Tensor, Tensor]]
 """Layer -> its keys ``[T, Hkv, Dk]`` and values ``[T, Hkv, Dv]``."""
 
 
-class _Recording:
-    """A step that remembers what is written to it."""
-
-    wants_inputs = False
-
-    def __init__(self, step: Step) -> None:
-        self.layers = step.layers
-        self.written: KeysAndValues = {}
-        self._step = step
-
-    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        self.written[layer] = (k.clone(), v.clone())
-        self._step.write(layer, k, v)
-
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, call: LayerCall, inputs: ForwardInputs | None = None
-    ) -> Tensor:
-        return self._step.attend(layer, q, k, v, call, inputs)
-
-
 def keys_and_values(model: PreTrainedModel, tokens: Sequence[int]) -> KeysAndValues:
     """What the layers of ``model`` store for ``tokens`` under ``raw``, those that keep a cache of their own."""
-    geometry = Geometry.from_config(model.config)
-    cache = PagedCache(geometry, Recipe(), dtype=model.dtype, device=model.device, prefix_caching=False)
-    packed = PackedModel(model)
-    try:
-        step = cache.begin([SequenceWork(cache.create(), len(tokens))])
-        recording = _Recording(step)
-        ids = torch.as_tensor(list(tokens), device=model.device)
-        keep = torch.tensor([len(tokens) - 1], device=model.device)
-        positions = torch.arange(len(tokens), device=model.device)
-        packed.forward(cast(Step, recording), ids, positions, keep, [len(tokens)])
-    finally:
-        packed.release()
-    own = {layer.index for layer in geometry.layers if layer.stores}
-    return {layer: kv for layer, kv in sorted(recording.written.items()) if layer in own}
+    written: KeysAndValues = {}
+
+    def wrote(layer: int, k: Tensor, v: Tensor) -> None:
+        written[layer] = (k.clone(), v.clone())
+
+    watched_forward(model, tokens, wrote=wrote)
+    own = {layer.index for layer in Geometry.from_config(model.config).layers if layer.stores}
+    return {layer: kv for layer, kv in sorted(written.items()) if layer in own}
 
 
 def error_map(geometry: Geometry, recipe: Recipe, held: KeysAndValues) -> ErrorMap | None:

@@ -48,11 +48,22 @@ class RecipeContestant:
         finally:
             runner.release()
 
-    def generate(self, prompts: Sequence[Sequence[int]], *, max_tokens: int, stop: frozenset[int]) -> list[list[int]]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        stop: frozenset[int],
+        contexts: Sequence[int] | None = None,
+    ) -> list[list[int]]:
         """See `Contestant`; all prompts at once, in one engine."""
         longest = max(map(len, prompts)) + max_tokens
         pool = self._pool(longest, len(prompts))
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, stop_token_ids=tuple(sorted(stop)))
+        ends = tuple(sorted(stop))
+        params = [
+            SamplingParams(max_tokens=max_tokens, ignore_eos=True, stop_token_ids=ends, context_tokens=context)
+            for context in (contexts if contexts is not None else [None] * len(prompts))
+        ]
         with Engine(
             self.model,
             recipe=self.recipe,

@@ -18,12 +18,15 @@ _MISSING: Final = "(missing)"
 
 @dataclass(frozen=True, slots=True)
 class TaskScore:
-    """Mean score of ``n`` samples, 0 to 1, and its 95 % interval."""
+    """Mean score of ``n`` samples, 0 to 1, and its 95 % interval. ``scores``: of each sample, in their order, so that
+    two contestants can be compared in pairs; results of earlier versions have none.
+    """
 
     score: float
     low: float
     high: float
     n: int
+    scores: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +92,10 @@ class Row:
         """What `as_json` gave; KeyError or TypeError if ``data`` is something else."""
         fields = dict(data)
         generation, errors = fields["generation"], fields["errors"]
-        fields["tasks"] = {name: TaskScore(**score) for name, score in fields["tasks"].items()}
+        fields["tasks"] = {
+            name: TaskScore(**score | {"scores": tuple(score.get("scores", ()))})
+            for name, score in fields["tasks"].items()
+        }
         fields["generation"] = None if generation is None else Generation(**generation)
         fields["errors"] = None if errors is None else ErrorMap(**errors)
         fields["kl_by_position"] = [(int(position), float(kl)) for position, kl in fields["kl_by_position"]]

@@ -6,14 +6,17 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal, TypeAlias, get_args
 
 from kvfold.errors import RequestError
 from kvfold.quality.tasks import TASKS
 
-__all__ = ["EvalSettings", "parse_depths", "parse_tasks"]
+__all__ = ["Compressed", "EvalSettings", "parse_depths", "parse_tasks"]
 
 _LEAST_CONTEXT: Final = 128
+
+Compressed: TypeAlias = Literal["prompt", "context"]
+"""What is compressed of a task's prompt: all of it, or the context alone, before the question is read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +26,9 @@ class EvalSettings:
     ``samples``: of each task. ``depths``: where in the context the asked fact stands, taken in turns; empty: at random.
     ``text``: a UTF-8 file; None: sources of Python's standard library. ``text_windows``: passages of it, the last
     ``scored_tokens`` of each are scored. ``generation_passages`` prompts of a quarter of the context are continued by
-    ``generation_tokens`` tokens (0: none). RequestError, with a hint, for values that make no sense.
+    ``generation_tokens`` tokens (0: none). ``compress``: whoever drops tokens does so at the end of a task's prompt,
+    question included (``prompt``), or at the end of its context, without having seen the question (``context``).
+    RequestError, with a hint, for values that make no sense.
     """
 
     tasks: tuple[str, ...] = TASKS
@@ -37,6 +42,7 @@ class EvalSettings:
     generation_tokens: int = 512
     generation_passages: int = 4
     decode_steps: int = 32
+    compress: Compressed = "prompt"
 
     def __post_init__(self) -> None:
         _at_least("samples", self.samples, 1)
@@ -55,6 +61,8 @@ class EvalSettings:
         for depth in self.depths:
             if not 0 <= depth <= 1:
                 raise RequestError(f"bad depth {depth:g}", hint="0 is the start of the context, 1 its end")
+        if self.compress not in get_args(Compressed):
+            raise RequestError(f"bad compress {self.compress!r}", hint="known: " + ", ".join(get_args(Compressed)))
         _known_tasks(self.tasks)
 
     @property
@@ -69,12 +77,17 @@ class EvalSettings:
         return max(self.context, generation)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data; of a text file only its name, for its content is known by the workload's digest."""
-        return asdict(self) | {
+        """Plain data; of a text file only its name, for its content is known by the workload's digest. ``compress`` is
+        left out where all of the prompt is compressed, so that results from before it was a setting still compare.
+        """
+        data = asdict(self) | {
             "tasks": list(self.tasks),
             "depths": list(self.depths),
             "text": None if self.text is None else self.text.name,
         }
+        if self.compress == "prompt":
+            del data["compress"]
+        return data
 
 
 def parse_tasks(text: str) -> tuple[str, ...]:

@@ -40,7 +40,7 @@ def task_score(scores: Sequence[float]) -> TaskScore:
     n, p = len(scores), mean(scores)
     spread = _Z95 * math.sqrt(p * (1 - p) / n + _Z95**2 / (4 * n * n))
     low, high = ((p + _Z95**2 / (2 * n) + sign * spread) / (1 + _Z95**2 / n) for sign in (-1, 1))
-    return TaskScore(score=p, low=max(0.0, min(low, p)), high=min(1.0, max(high, p)), n=n)
+    return TaskScore(score=p, low=max(0.0, min(low, p)), high=min(1.0, max(high, p)), n=n, scores=tuple(scores))
 
 
 def binned(values: Sequence[Sequence[float]], first: int, bins: int) -> list[tuple[int, float]]:

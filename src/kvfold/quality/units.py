@@ -131,7 +131,9 @@ class Units:
         return found | {"nll": nll, "kv_bytes": forced.kv_bytes, "decode_tok_s": forced.decode_tok_s}
 
     def _answers(self, asked: Sequence[Question], room: int, who: Contestant) -> list[float]:
-        said = who.generate([q.prompt for q in asked], max_tokens=room, stop=self.workload.stop)
+        contexts = [q.context_tokens for q in asked] if self.workload.settings.compress == "context" else None
+        prompts, stop = [q.prompt for q in asked], self.workload.stop
+        said = who.generate(prompts, max_tokens=room, stop=stop, contexts=contexts)
         return [
             score(q.sample, self.workload.decode(tokens[: q.max_tokens])) for q, tokens in zip(asked, said, strict=True)
         ]

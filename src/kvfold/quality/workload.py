@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Final
 
@@ -20,7 +21,7 @@ from kvfold.errors import RequestError
 from kvfold.quality.settings import EvalSettings
 from kvfold.quality.tasks import Sample, heldout_text, make_sample
 
-__all__ = ["Question", "Workload", "build_workload", "read_text"]
+__all__ = ["Question", "Workload", "build_workload", "cut_passages", "read_text"]
 
 _ANSWER_FACTOR: Final = 2
 _ANSWER_SLACK: Final = 32
@@ -33,11 +34,14 @@ _CHARACTERS_PER_TOKEN: Final = 6  # a first guess; doubled where it is not enoug
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A sample of a task as tokens, and how many an answer may take."""
+    """A sample of a task as tokens, and how many an answer may take. ``context_tokens``: so many tokens at the
+    beginning of ``prompt`` are its context. They end with its last line, and are the same whatever is asked.
+    """
 
     sample: Sample
     prompt: tuple[int, ...]
     max_tokens: int
+    context_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +60,11 @@ class Workload:
 
     @property
     def digest(self) -> str:
-        """Equal for equal tokens and references."""
+        """Equal for equal tokens and references, and, where contexts are compressed, equal contexts."""
         asked = [(q.prompt, q.max_tokens, q.sample.references) for q in self.questions]
-        data = (self.passages, self.score_from, self.prompts, asked, sorted(self.stop))
+        data: tuple[object, ...] = (self.passages, self.score_from, self.prompts, asked, sorted(self.stop))
+        if self.settings.compress == "context":
+            data = (*data, [q.context_tokens for q in self.questions])
         return hashlib.sha256(repr(data).encode()).hexdigest()
 
 
@@ -68,11 +74,11 @@ def build_workload(
     """The same workload for the same arguments. RequestError if the text is not there or too short."""
     text = read_text(settings.text)
     length = settings.context - settings.decode_steps
-    passages = _windows(tokenizer, text, length, settings.text_windows, f"text/{settings.seed}")
+    passages = cut_passages(tokenizer, text, length, settings.text_windows, f"text/{settings.seed}")
     prompts: list[tuple[int, ...]] = []
     if settings.generation_tokens:
         count, seed = settings.generation_passages, f"go on/{settings.seed}"
-        prompts = _windows(tokenizer, text, settings.generation_prompt, count, seed)
+        prompts = cut_passages(tokenizer, text, settings.generation_prompt, count, seed)
     # Samples of a task are cut from the same lines of text, which are counted again and again.
     count_tokens = lru_cache(_COUNTED)(lambda text: len(_tokens(tokenizer, text)))
     asked = [(task, i) for task in settings.tasks for i in range(settings.samples)]
@@ -104,7 +110,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
 
-def _windows(
+def cut_passages(
     tokenizer: PreTrainedTokenizerBase, text: str, length: int, count: int, seed: str
 ) -> list[tuple[int, ...]]:
     """``count`` windows of ``length`` tokens that begin at lines spread evenly over ``text``, each moved at random
@@ -154,11 +160,11 @@ def _question(
     target = settings.context
     while True:
         sample = make_sample(task, seed, target, count_tokens, depth=depth)
-        prompt = _render(tokenizer, sample)
+        prompt, context_tokens = _render(tokenizer, sample)
         room = _ANSWER_FACTOR * count_tokens(sample.answer) + _ANSWER_SLACK
         excess = len(prompt) + room - settings.context
         if excess <= 0:
-            return Question(sample, tuple(prompt), room)
+            return Question(sample, tuple(prompt), room, context_tokens)
         target -= excess
         if target < settings.context // 4:
             raise RequestError(
@@ -168,10 +174,20 @@ def _question(
             )
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> list[int]:
-    """As a chat, or, for base models, as a text to be continued."""
-    if tokenizer.chat_template:
+def _render(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> tuple[list[int], int]:
+    """As a chat, or, for base models, as a text to be continued; and how many of its tokens are the context's."""
+    chat = bool(tokenizer.chat_template)
+    text = f"{sample.context}\n\n{sample.question}\nAnswer:"
+    if chat:
         messages = [{"role": "user", "content": sample.prompt}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return _tokens(tokenizer, str(text))
-    return list(tokenizer.encode(f"{sample.context}\n\n{sample.question}\nAnswer:", verbose=False))
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    if (asked := text.rfind(sample.question)) < 0:
+        raise RequestError("the tokenizer's chat template", why="it does not give the user's words as they are")
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=not chat, verbose=False))
+
+    prompt, context = encode(text), encode(text[:asked].rstrip())
+    # A token that reaches over the end of the context is not in both, and goes with the question.
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(prompt, context, strict=False))
+    return prompt, sum(1 for _ in same)

@@ -9,6 +9,7 @@ side by side), ``n`` candidates, ``L`` layers of a group.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
@@ -79,7 +80,7 @@ class Merged:
     fresh: Tensor
 
 
-class RetentionMethod:
+class RetentionMethod(ABC):
     """A way to choose what stays. Stateless: what is learnt of a sequence goes to its `Notes`. A dataclass: its fields
     are the options, those of type ``RetentionMethod`` methods it builds on, those of type ``str`` names of files.
     """
@@ -88,6 +89,10 @@ class RetentionMethod:
     """Whether the result hangs on queries of this request, so that it must not be shared with others."""
     wants_hidden: ClassVar[bool] = False
     """Whether `observe` needs the hidden states, or the rotary embedding."""
+    watches: ClassVar[int | None] = 0
+    """Latest tokens before a retention point whose forwards it must have observed; None: all tokens. Blocks of these
+    are computed, not taken from the prefix index.
+    """
     replays: ClassVar[bool] = False
     """Whether the context is to be repeated to the model before it is scored (see `Seen.replay`)."""
     merges: ClassVar[bool] = False
@@ -101,12 +106,12 @@ class RetentionMethod:
         """Every reason why the method cannot serve this very model, whose geometry it can."""
         return []
 
-    def observe(self, seen: Seen, notes: Notes) -> None:
+    def observe(self, seen: Seen, notes: Notes) -> None:  # noqa: B027 - many methods watch nothing
         """Takes note of a forward; called for every layer and sequence, after the layer has attended."""
 
+    @abstractmethod
     def score(self, view: LayerView, notes: Notes) -> Tensor:
         """``[H, n]``, float32: how much each candidate matters; the greater stay. Padding may have any value."""
-        raise NotImplementedError(f"{type(self).__name__} does not score")
 
     def deal(self, scores: Sequence[Tensor], pages: int, size: int, layers: Sequence[int]) -> Tensor:
         """How many pages of ``size`` tokens each head keeps: int64 ``[L, H]``, at most ``pages`` in all.
@@ -139,6 +144,11 @@ class Composed(RetentionMethod):
     def wants_hidden(self) -> bool:  # type: ignore[override]
         """As the inner one."""
         return self.inner.wants_hidden
+
+    @property
+    def watches(self) -> int | None:  # type: ignore[override]
+        """As the inner one."""
+        return self.inner.watches
 
     @property
     def replays(self) -> bool:  # type: ignore[override]

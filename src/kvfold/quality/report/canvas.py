@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from kvfold.errors import KVFoldError
-from kvfold.quality.report.palette import LIGHT, Style, with_variables
+from kvfold.quality.report.palette import LIGHT, Dash, Style, with_variables
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -124,14 +124,19 @@ class Sheet:
             va="center_baseline",
         )
 
-    def line(self, x: Sequence[float], y: Sequence[float], *, color: str, width: float = 1.0, marker: str = "") -> None:
-        """A line, or markers, in pixels."""
+    def line(self, x: Sequence[float], y: Sequence[float], *, color: str, width: float = 1.0, dash: Dash = ()) -> None:
+        """A line in pixels."""
+        self._artist(x, y, color=color, linewidth=width, **({"dashes": dash} if dash else {}))
+
+    def mark(self, x: float, y: float, style: Style, size: float = 7) -> None:
+        """A marker with its middle there, in pixels."""
+        self._artist([x], [y], linestyle="None", **style.mark(size, edge=0.8))
+
+    def _artist(self, x: Sequence[float], y: Sequence[float], **options: Any) -> None:
         from matplotlib.lines import Line2D
 
         across, down = [value / self.width for value in x], [1 - value / self.height for value in y]
-        line = Line2D(across, down, color=color, linewidth=width, marker=marker or "None", markersize=7)
-        line.set_linestyle("None" if marker else "-")
-        self.figure.add_artist(line)
+        self.figure.add_artist(Line2D(across, down, **options))
 
     def keys(self, left: float, y: float, width: float, entries: Sequence[tuple[str, Style]]) -> float:
         """A row of marker and name for each entry, wrapped to ``width``; returns the height of the last row."""
@@ -140,7 +145,7 @@ class Sheet:
             room = 16 + self.text_width(name, SMALL)
             if x > left and x + room > left + width:
                 x, y = left, y + 18
-            self.line([x + 5], [y], color=style.color, marker=style.marker)
+            self.mark(x + 5, y, style)
             self.text(x + 15, y, name, size=SMALL, color=style.color)
             x += room + 16
         return y

@@ -58,7 +58,7 @@ def _draw(measure: Measure, names: Mapping[str, str], styles: Mapping[str, Style
     height += 12.0 * max(len(measure.points) - 18, 0)  # room for names
     sheet = Sheet(width, height)
     small = SMALL + (width > 800)
-    entries = [(family, styles[family]) for family in styles if any(p.family == family for p in measure.points)]
+    entries = _entries(measure, styles)
     sheet.text(6, 13, measure.title, size=SIZE + (width > 800), bold=True)
     top = sheet.keys(6, 36, width - 6, entries) + 22
     down = _down(measure)
@@ -72,6 +72,20 @@ def _draw(measure: Measure, names: Mapping[str, str], styles: Mapping[str, Style
     _points(axes, frame, measure, styles)
     _write(sheet, frame, measure, names, styles, steps)
     return sheet
+
+
+def _style(point: Point, styles: Mapping[str, Style]) -> Style:
+    style = styles[point.family]
+    return style.outlined() if point.drops else style
+
+
+def _entries(measure: Measure, styles: Mapping[str, Style]) -> list[tuple[str, Style]]:
+    """The families that are drawn, and an outline for ours that drop tokens where others of ours do not."""
+    found = {}
+    for family in styles:
+        for point in sorted((p for p in measure.points if p.family == family), key=lambda p: p.drops):
+            found[f"{family}, tokens dropped" if point.drops else family] = _style(point, styles)
+    return list(found.items())
 
 
 def _floor(measure: Measure) -> float:
@@ -122,21 +136,11 @@ def _staircase(axes: Axes, frame: _Frame, front: Sequence[Point]) -> list[Segmen
 
 def _points(axes: Axes, frame: _Frame, measure: Measure, styles: Mapping[str, Style]) -> None:
     for point in sorted(measure.points, key=lambda point: point.family == OURS):
-        x, y, style = frame.x(point), frame.y(point.value), styles[point.family]
+        x, y, style = frame.x(point), frame.y(point.value), _style(point, styles)
         if point.high > point.low:
             ends = [frame.y(point.low), frame.y(point.high)]
             axes.plot([x, x], ends, color=style.color, linewidth=1, alpha=0.45, zorder=3)
-        axes.plot(
-            [x],
-            [y],
-            marker=style.marker,
-            color=style.color,
-            markersize=9 if point.family == OURS else 8,
-            markeredgecolor=LIGHT["paper"],
-            markeredgewidth=1.2,
-            zorder=4,
-            clip_on=False,
-        )
+        axes.plot([x], [y], zorder=4, clip_on=False, **style.mark(9 if point.family == OURS else 8))
 
 
 def _write(

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvfold.quality.report.canvas import Drawing, ReportError, house_style, png, require_matplotlib, sheet_of, svg
+from kvfold.quality.report.canvas import ReportError, house_style, png, require_matplotlib, sheet_of
 from kvfold.quality.report.frontier import frontier_drawing
+from kvfold.quality.report.layout import Section, html_page, render, write_whole
 from kvfold.quality.report.maps import error_drawings
-from kvfold.quality.report.palette import Style, family_styles, style_sheet
+from kvfold.quality.report.palette import Style, family_styles
 from kvfold.quality.report.panels import position_drawings, task_drawings
 from kvfold.quality.report.points import OURS, Measure, measures, short_names, verdict
 from kvfold.quality.report.tables import facts_table, standing_table, summary_table, task_table
@@ -21,21 +19,7 @@ from kvfold.quality.report.tables import facts_table, standing_table, summary_ta
 if TYPE_CHECKING:
     from kvfold.quality.results import Evaluation
 
-__all__ = ["write_report"]
-
-_WHOLE, _HALF, _THIRD, _PHONE = 1120.0, 556.0, 360.0, 368.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Section:
-    """A heading, what to look for, and figures in one, two or three columns; ``below`` is HTML after them."""
-
-    title: str
-    text: str
-    name: str
-    columns: int
-    drawings: Sequence[Drawing]
-    below: str = ""
+__all__ = ["Section", "reproduce", "write_page", "write_report"]
 
 
 def write_report(evaluation: Evaluation, folder: Path) -> Path:
@@ -46,52 +30,37 @@ def write_report(evaluation: Evaluation, folder: Path) -> Path:
     require_matplotlib()
     if not evaluation.rows:
         raise ReportError("the report has nothing to show", why="no row was measured", hint="name at least one recipe")
+    return write_page(folder, f"kvfold eval: {evaluation.model}", _parts(evaluation))
+
+
+def write_page(folder: Path, title: str, parts: Sequence[Section | str]) -> Path:
+    """Write ``index.html`` of these parts (texts are HTML) and the PNGs of its figures into ``folder``; returns the
+    page's path. As `write_report`, of which this is the second half.
+    """
+    require_matplotlib()
     with house_style():
-        made = _files(evaluation)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in made.items():
-            _replace(folder / name, data)
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise ReportError(f"the report cannot be written to {folder}", why=why, hint="give another folder") from error
+        made = _files(title, parts)
+    write_whole({folder / name: data for name, data in made.items()})
     return folder / "index.html"
 
 
-def _replace(path: Path, data: bytes) -> None:
-    """Write to a temporary name, then move: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _files(evaluation: Evaluation) -> dict[str, bytes]:
-    """Every file of the report: PNGs first, the page last."""
+def _parts(evaluation: Evaluation) -> list[Section | str]:
+    """The report of an evaluation, from its first line to its last."""
     rows = evaluation.rows
     found, names, styles = measures(rows), short_names(rows), family_styles(row.family for row in rows)
-    sections = [*_frontiers(found, names, styles), *_details(evaluation, names, styles)]
-    first, *others = [_render(section) for section in sections]
-    body = [_head(evaluation), _verdicts(found), first[0], _summary(evaluation, found, styles)]
-    body += [*(html for html, _ in others), _reproduce(evaluation)]
-    title = f"kvfold eval: {evaluation.model}"
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{style_sheet()}\n{_css()}</style></head>"
-        f"<body><main>{''.join(body)}</main></body></html>\n"
-    )
-    pictures = {f"{name}.png": data for _, images in (first, *others) for name, data in images.items()}
-    return pictures | {"index.html": page.encode()}
+    first, *others = [*_frontiers(found, names, styles), *_details(evaluation, names, styles)]
+    summary = _summary(evaluation, found, styles)
+    return [_head(evaluation), _verdicts(found), first, summary, *others, reproduce(evaluation)]
 
 
-def _css() -> str:
-    return (files("kvfold.quality.report") / "style.css").read_text(encoding="utf-8")
+def _files(title: str, parts: Sequence[Section | str]) -> dict[str, bytes]:
+    """Every file of a page: PNGs first, the page last."""
+    made = [(part, {}) if isinstance(part, str) else _render(part) for part in parts]
+    pictures = {f"{name}.png": data for _, images in made for name, data in images.items()}
+    return pictures | {"index.html": html_page(title, "".join(html for html, _ in made))}
 
 
-def _frontiers(found: Sequence[Measure], names: dict[str, str], styles: dict[str, Style]) -> list[_Section]:
+def _frontiers(found: Sequence[Measure], names: dict[str, str], styles: dict[str, Style]) -> list[Section]:
     drawings = [frontier_drawing(measure, names, styles) for measure in found]
     main = [d for d, measure in zip(drawings, found, strict=True) if measure.key == "kl"]
     rest = [d for d, measure in zip(drawings, found, strict=True) if measure.key != "kl"]
@@ -104,17 +73,17 @@ def _frontiers(found: Sequence[Measure], names: dict[str, str], styles: dict[str
         "score of all tasks (upright lines: 95 % intervals)."
     )
     return [
-        _Section("The frontier", how, "frontier", 1, main),
-        _Section("The frontier, by other measures", more, "frontier", 2, rest),
+        Section("The frontier", how, "frontier", 1, main),
+        Section("The frontier, by other measures", more, "frontier", 2, rest),
     ]
 
 
-def _details(evaluation: Evaluation, names: dict[str, str], styles: dict[str, Style]) -> list[_Section]:
+def _details(evaluation: Evaluation, names: dict[str, str], styles: dict[str, Style]) -> list[Section]:
     rows = evaluation.rows
     tasks, positions = task_drawings(rows, names, styles), position_drawings(rows, names, styles)
     scores = f"<details><summary>All scores as a table</summary>{task_table(rows)}</details>" if tasks else ""
     return [
-        _Section(
+        Section(
             "Task by task",
             "Share of the expected answers that were found. Thin lines are 95 % intervals. The dashed line and the "
             "grey band are raw and its interval, so a mark inside the band is within noise of the full cache.",
@@ -123,7 +92,7 @@ def _details(evaluation: Evaluation, names: dict[str, str], styles: dict[str, St
             tasks,
             scores,
         ),
-        _Section(
+        Section(
             "Divergence by position",
             "Mean KL against raw along the text. A line that sinks to the right drifts: errors add up as the cache "
             "grows. All panels have the same scale; grey lines are the other families. Raw itself is zero throughout.",
@@ -131,36 +100,24 @@ def _details(evaluation: Evaluation, names: dict[str, str], styles: dict[str, St
             2,
             positions,
         ),
-        _Section(
+        Section(
             "Where the error sits",
             "Relative error of what is packed, in percent, by layer and KV head. All maps share one scale.",
             "errors",
             3,
             error_drawings(rows, names),
+            kind="maps scaled",
         ),
     ]
 
 
-def _render(section: _Section) -> tuple[str, dict[str, bytes]]:
+def _render(section: Section) -> tuple[str, dict[str, bytes]]:
     """The section as HTML, and its PNGs: one for each frontier; small multiples come as one sheet."""
-    if not section.drawings:
-        return "", {}
-    figures, images = [], {}
-    for index, drawing in enumerate(section.drawings):
-        salt = f"{section.name}-{section.columns}-{index}"  # ids of one figure must not be those of another
-        wide = drawing.draw({1: _WHOLE, 2: _HALF, 3: _THIRD}[section.columns])
-        figure = svg(wide, salt, drawing.alt)
-        if section.columns < 3:  # a third of a page is as wide as a phone
-            narrow = svg(drawing.draw(_PHONE), f"{salt}-narrow", drawing.alt)
-            figure = f'<div class="wide">{figure}</div><div class="narrow">{narrow}</div>'
-        figures.append(f"<figure>{figure}</figure>")
-        images[drawing.name] = png(wide)
-    if section.name != "frontier":
+    html, sheets = render(section)
+    images = {name: png(sheet) for name, sheet in sheets.items()}
+    if images and section.name != "frontier":
         images = {section.name: sheet_of(list(images.values()), section.columns)}
-    layout = {1: "one", 2: "two", 3: "three"}[section.columns]
-    kind = f"grid {layout}" + (" maps" if section.name == "errors" else "")
-    heading = f'<h2>{escape(section.title)}</h2><p class="lead">{escape(section.text)}</p>'
-    return f'<section>{heading}<div class="{kind}">{"".join(figures)}</div>{section.below}</section>', images
+    return html, images
 
 
 def _head(evaluation: Evaluation) -> str:
@@ -205,7 +162,8 @@ def _summary(evaluation: Evaluation, found: Sequence[Measure], styles: dict[str,
     return text + "</section>"
 
 
-def _reproduce(evaluation: Evaluation) -> str:
+def reproduce(evaluation: Evaluation) -> str:
+    """How the figures were made, as HTML: command, settings, versions, hardware."""
     settings = {"model": evaluation.model, "seed": evaluation.seed} | evaluation.settings
     tables: list[tuple[str, Mapping[str, object]]] = [
         ("Settings", settings),

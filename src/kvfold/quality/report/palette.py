@@ -9,8 +9,8 @@ lines in dashes, and both are labelled where they stand.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 __all__ = ["DARK", "LIGHT", "LINES", "Dash", "Style", "family_styles", "style_sheet", "with_variables"]
 
@@ -59,11 +59,30 @@ Dash = tuple[float, ...]
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """How a family, or a line, is drawn: a light-page colour, a matplotlib marker, a dash pattern (empty: solid)."""
+    """How a family, or a line, is drawn: a light-page colour, a matplotlib marker, a dash pattern (empty: solid).
+    ``hollow``: the marker is an outline.
+    """
 
     color: str
     marker: str
     dash: Dash = ()
+    hollow: bool = False
+
+    def mark(self, size: float, edge: float = 1.2) -> dict[str, Any]:
+        """The marker, for matplotlib: filled with a paper edge, or its outline on paper."""
+        fill, rim = (LIGHT["paper"], self.color) if self.hollow else (self.color, LIGHT["paper"])
+        width = 1.5 * edge if self.hollow else edge
+        return {
+            "marker": self.marker,
+            "markersize": size,
+            "markerfacecolor": fill,
+            "markeredgecolor": rim,
+            "markeredgewidth": width,
+        }
+
+    def outlined(self) -> Style:
+        """The same as an outline: a family's contestants that drop tokens, beside those that keep them all."""
+        return replace(self, hollow=True)
 
 
 _KNOWN: Final = {

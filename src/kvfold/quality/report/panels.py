@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from kvfold.quality.report.canvas import SMALL, Drawing, Sheet
 from kvfold.quality.report.labels import spread
 from kvfold.quality.report.palette import LIGHT, LINES, Style
-from kvfold.quality.report.points import OURS
+from kvfold.quality.report.points import OURS, drops_tokens
 from kvfold.quality.report.scales import Scale, divergence_ticks, zero_lane
 
 if TYPE_CHECKING:
@@ -60,19 +60,10 @@ def _bars(task: str, rows: Sequence[Row], names: Mapping[str, str], styles: Mapp
         axes.axvline(score.score, color=LIGHT["muted"], linewidth=1, dashes=(4, 2), zorder=3)
     for (row, _), y in zip(ordered, heights, strict=True):
         score, style = row.tasks[task], styles[row.family]
+        style = style.outlined() if drops_tokens(row) else style
         axes.barh([y], [score.score], height=8, color=style.color, alpha=0.35, linewidth=0, zorder=2)
         axes.plot([score.low, score.high], [y, y], color=style.color, linewidth=1.4, zorder=4)
-        axes.plot(
-            [score.score],
-            [y],
-            marker=style.marker,
-            markersize=6,
-            color=style.color,
-            markeredgecolor=LIGHT["paper"],
-            markeredgewidth=0.8,
-            zorder=5,
-            clip_on=False,
-        )
+        axes.plot([score.score], [y], zorder=5, clip_on=False, **style.mark(6, edge=0.8))
         name, bold = names[row.contestant], row.family == OURS
         sheet.text(left - 9, y, name, size=SMALL, color=style.color, bold=bold, align="right")
         sheet.text(width - 6, y, f"{score.score:.2f}", size=SMALL, align="right")

@@ -10,14 +10,27 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from kvfold.quality.results import Row
 
-__all__ = ["Measure", "Point", "Standing", "common_tasks", "frontier", "measures", "short_names", "standing", "verdict"]
+__all__ = [
+    "Measure",
+    "Point",
+    "Standing",
+    "common_tasks",
+    "drops_tokens",
+    "frontier",
+    "measures",
+    "short_names",
+    "standing",
+    "verdict",
+]
 
 OURS = "kvfold"
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One contestant under one measure: what it costs and what it gives. ``low``, ``high``: 95 % interval."""
+    """One contestant under one measure: what it costs and what it gives. ``low``, ``high``: 95 % interval. ``drops``:
+    as `drops_tokens`.
+    """
 
     name: str
     family: str
@@ -26,6 +39,7 @@ class Point:
     loss: float
     low: float
     high: float
+    drops: bool = False
 
     def beats(self, other: Point) -> bool:
         """No more bytes and no more loss, and less of one."""
@@ -82,6 +96,13 @@ def short_names(rows: Sequence[Row], limit: int = 26) -> dict[str, str]:
     return names
 
 
+def drops_tokens(row: Row) -> bool:
+    """Whether it is a recipe of ours that does not keep all tokens: drawn as an outline among those that do. Rivals'
+    families are all of one kind.
+    """
+    return row.family == OURS and row.bits_per_value is None
+
+
 def common_tasks(rows: Sequence[Row]) -> list[str]:
     """Tasks that every row with any task has, in the order of the first: what a mean may be taken over."""
     tested = [row.tasks for row in rows if row.tasks]
@@ -130,7 +151,8 @@ def _points(rows: Sequence[Row], read: Callable[[Row], tuple[float, float, float
             continue
         if row.kv_bytes_per_token > 0:
             loss = max(values[0], 0.0) if log else -values[0]
-            points.append(Point(row.contestant, row.family, row.kv_bytes_per_token, values[0], loss, *values[1:]))
+            size, drops = row.kv_bytes_per_token, drops_tokens(row)
+            points.append(Point(row.contestant, row.family, size, values[0], loss, *values[1:], drops))
     return points
 
 

@@ -6,7 +6,16 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Scale", "byte_ticks", "bytes_text", "divergence_ticks", "number_text", "score_ticks", "zero_lane"]
+__all__ = [
+    "Scale",
+    "byte_ticks",
+    "bytes_text",
+    "divergence_ticks",
+    "number_text",
+    "score_ticks",
+    "share_ticks",
+    "zero_lane",
+]
 
 _TINY = 1e-8  # a divergence below this is rounding, and drawn as zero
 _LANE = 0.55  # decades from the smallest divergence to the lane of zero
@@ -100,3 +109,10 @@ def score_ticks(low: float, high: float) -> Scale:
         (number * step, f"{number * step:.3g}") for number in range(first, math.floor(min(end, 1.0) / step + 1e-9) + 1)
     ]
     return Scale(start, end, ticks)
+
+
+def share_ticks(low: float) -> Scale:
+    """A scale of log2 shares from ``low`` up to all, with a tick at each halving."""
+    start = math.log2(min(low, 0.5))
+    ticks = [(-float(power), f"{2.0**-power:.4g}") for power in range(math.floor(-start + 1e-9), -1, -1)]
+    return Scale(start - 0.2, 0.2, ticks)

@@ -33,6 +33,11 @@ class SnapKV(RetentionMethod):
         if self.window < 1 or self.kernel < 1 or self.kernel % 2 == 0:
             raise ValueError("window must be positive, and kernel positive and odd")
 
+    @property
+    def watches(self) -> int | None:  # type: ignore[override]
+        """The window."""
+        return self.window
+
     def observe(self, seen: Seen, notes: Notes) -> None:
         """Remembers the latest queries."""
         before = notes.values.get("queries", seen.q[:0])

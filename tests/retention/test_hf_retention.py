@@ -1,0 +1,76 @@
+"""Retention in the drop-in cache: prompts are compressed when they have been read, whatever decodes after them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvfold import KVCache, SamplingParams
+from kvfold.errors import UnsupportedError
+from tests.engine.tiny_engine import engine_of, prompts_of, tiny_model
+
+MODEL = tiny_model(context=1024)
+RECIPE = "raw,block=8,recent=16+snapkv(keep=0.4)"
+
+
+def generate(prompts, recipe, tokens=12, **options):
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    mask = (torch.arange(longest) >= longest - torch.tensor([len(p) for p in prompts])[:, None]).long()
+    cache = KVCache(MODEL, recipe, check=False)
+    out = MODEL.generate(
+        ids,
+        attention_mask=mask,
+        past_key_values=cache,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        do_sample=False,
+        **options,
+    )
+    cache._pages.manager.check()
+    return out[:, longest:].tolist(), cache
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, "raw,block=8,recent=16+keydiff(budget=64,every=4)"])
+def test_it_says_what_the_engine_says(recipe):
+    prompts = prompts_of(150, 90)
+    params = SamplingParams(max_tokens=12, min_tokens=12)
+    with engine_of(MODEL, recipe=recipe) as engine:
+        wanted = [output.token_ids for output in engine.generate(prompts, params, progress=False)]
+    found, cache = generate(prompts, recipe)
+    assert found == wanted
+    assert cache._pages.retainer.stats.runs >= 2
+
+
+def test_memory_goes_back_and_keeping_all_changes_nothing():
+    prompts = prompts_of(200)
+    full, cache = generate(prompts, "raw,block=8,recent=16")
+    _, compressed = generate(prompts, "raw,block=8,recent=16+keydiff(keep=0.25)")
+    same, _ = generate(prompts, "raw,block=8,recent=16+keydiff(keep=1.0)")
+    assert same == full
+    assert compressed.kv_bytes < 0.36 * cache.kv_bytes
+
+
+def test_beams_prompt_lookup_and_further_turns():
+    prompts = prompts_of(120)
+    beams, _ = generate(prompts, RECIPE, num_beams=3)
+    assert len(beams[0]) == 12
+    plain, _ = generate(prompts, RECIPE)
+    looked_up, _ = generate(prompts, RECIPE, prompt_lookup_num_tokens=3)
+    assert looked_up == plain
+    cache = KVCache(MODEL, RECIPE, check=False)
+    ids = torch.tensor(prompts)
+    for turn in range(3):
+        ids = MODEL.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False, pad_token_id=0)
+        assert cache._pages.retainer.stats.runs == turn + 1
+        ids = torch.cat((ids, torch.tensor(prompts_of(40, seed=turn))), dim=1)
+    cache._pages.manager.check()
+    cache.reset()
+    assert cache.kv_bytes == 0
+
+
+def test_what_was_dropped_cannot_be_rolled_back_into():
+    cache = KVCache(MODEL, RECIPE, check=False)
+    MODEL(torch.tensor(prompts_of(120)), past_key_values=cache)
+    with pytest.raises(UnsupportedError, match="retention has dropped"):
+        cache.crop(-90)
