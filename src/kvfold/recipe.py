@@ -30,10 +30,13 @@ from kvfold.errors import RecipeError
 from kvfold.formats import Rotation, Scales, VectorFormat
 from kvfold.rule import KeepRule
 
-__all__ = ["CALIBRATION_FILE", "Recipe", "known_methods"]
+__all__ = ["CALIBRATION_FILE", "METHOD_FILES", "Recipe", "known_methods"]
 
 CALIBRATION_FILE: Final = "calibration.safetensors"
 """The calibration that lies beside a model's weights, which ``:calibrated`` without a file means."""
+
+METHOD_FILES: Final = {"duo": "gates.json", "learned": "scorer.safetensors"}
+"""Methods that read a file: the one beside a model's weights, which the bare word means."""
 
 _RAW_WIDTH: Final = 16  # how the text form writes "not quantized" in kXvY
 _BITS: Final = (8, 4, 2)
@@ -201,9 +204,13 @@ class Recipe:
         return found.located(folder) if folder else found
 
     def located(self, folder: str | Path) -> Recipe:
-        """This recipe, with the calibration in a model's ``folder`` in place of an unnamed one, if there is one."""
-        file = Path(folder) / CALIBRATION_FILE
-        return replace(self, calibration=str(file)) if self.calibration == "" and file.is_file() else self
+        """This recipe, with the files in a model's ``folder``, where there are such, in place of unnamed ones: the
+        calibration, and those that retention methods read.
+        """
+        beside, file = Path(folder), Path(folder) / CALIBRATION_FILE
+        calibration = str(file) if self.calibration == "" and file.is_file() else self.calibration
+        retention = None if self.retention is None else _located(self.retention, beside)
+        return replace(self, calibration=calibration, retention=retention)
 
     @property
     def rule(self) -> KeepRule | None:
@@ -270,6 +277,14 @@ def _rule_of(clause: Clause) -> KeepRule:
     every, chunk = options.get("every", _DECODING_STRIDE if budget else 0), options.get("chunk", 0)
     share = None if keep is None else float(keep)
     return KeepRule(share, None if budget is None else int(budget), every=int(every), chunk=int(chunk))
+
+
+def _located(clause: Clause, folder: Path) -> Clause:
+    """``clause``, and those in its brackets, with the files of ``folder`` that they need and do not name."""
+    name = METHOD_FILES.get(clause.name)
+    if name is not None and not clause.inner and (folder / name).is_file():
+        return replace(clause, inner=(Clause(str(folder / name)),))
+    return replace(clause, inner=tuple(_located(part, folder) for part in clause.inner))
 
 
 def _nested(clause: Clause) -> Iterable[Clause]:

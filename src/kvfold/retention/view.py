@@ -48,7 +48,8 @@ class LayerFacts:
 
 class LayerView:
     """See the module. ``parts`` gives all pages, in order of columns; ``fresh``: keys and values ``[T, H, D]`` of
-    tokens that come behind them and are in no page yet. ``candidates``: the columns that may be dropped.
+    tokens that come behind them and are in no page yet. ``candidates``: the columns that may be dropped. ``latent``:
+    whether the layer keeps latents (see `LayerFacts`).
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class LayerView:
         self._give_parts = parts
         self._facts = facts
         self._fresh = fresh
-        self._latent = latent
+        self.latent = latent
         self._dense: tuple[Tensor, Tensor] | None = None
 
     @cached_property
@@ -184,7 +185,7 @@ class LayerView:
         # Heads fastest, as the stores count them.
         k, v = part.store.decode_pages(part.addr.T.reshape(-1), self._in_group)
         k, v = (x.float().unflatten(0, (-1, heads)).transpose(0, 1).flatten(1, 2)[:, : part.columns] for x in (k, v))
-        if self._latent:
+        if self.latent:
             k, v = torch.cat((k, v), dim=-1), k
         if part.shown is not None:
             k, v = (x.masked_fill(~part.shown[..., None], 0.0) for x in (k, v))
