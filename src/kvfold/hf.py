@@ -24,6 +24,7 @@ from kvfold.geometry import Geometry
 from kvfold.modeling import STEP_KEYWORD, AttentionSwitch, ModelStep
 from kvfold.packed import check_model
 from kvfold.recipe import Recipe
+from kvfold.retention.build import refusals
 from kvfold.rule import KeepRule
 
 __all__ = ["KVCache"]
@@ -59,6 +60,8 @@ class KVCache(Cache):
         super().__init__(layers=[])
         self.recipe = Recipe.of(recipe, model.name_or_path)
         self.geometry = Geometry.from_config(model.config)
+        if reasons := refusals(self.recipe, self.geometry, model):
+            raise UnsupportedError(f"recipe {self.recipe} on {self.geometry.model_type}", reasons)
         self._budget = None if kv_memory is None else parse_bytes(kv_memory)
         self._model_step: ModelStep | None = None
         self._recording = False

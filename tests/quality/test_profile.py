@@ -246,7 +246,8 @@ def test_streaming_heads_are_suggested_where_they_cost_nothing(
 def test_budgets_come_next_and_plain_last() -> None:
     assert suggest("int8", [layer_of(0.43)], None, 2048).recipe == "int8+adakv(snapkv,keep=0.25)"
     assert suggest("int8", [layer_of(0.0)], None, 2048).recipe == "int8+adakv(snapkv,keep=0.05)"
-    assert suggest("int8", [layer_of(1.0), layer_of(0.9)], found_of(0, 0, 1), 2048).recipe == "int8+adakv(snapkv,keep=0.5)"
+    both = [layer_of(1.0), layer_of(0.9)]
+    assert suggest("int8", both, found_of(0, 0, 1), 2048).recipe == "int8+adakv(snapkv,keep=0.5)"
     assert suggest("int8", [layer_of(1.8)], None, 2048).recipe == "int8"
     assert suggest("int8", [layer_of(0.1, window=99)], None, 2048).recipe == "int8"  # a window drops tokens by itself
 

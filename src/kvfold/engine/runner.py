@@ -12,10 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvfold.cache import PagedCache, SequenceWork
+from kvfold.errors import UnsupportedError
 from kvfold.geometry import Geometry
 from kvfold.memory.manager import CacheManager
 from kvfold.packed import PackedModel, check_model
 from kvfold.recipe import Recipe
+from kvfold.retention.build import refusals
 
 __all__ = ["ModelRunner", "SeqWork"]
 
@@ -49,6 +51,8 @@ class ModelRunner:
         check: bool = True,
     ) -> None:
         self.geometry = Geometry.from_config(model.config)
+        if reasons := refusals(recipe, self.geometry, model):
+            raise UnsupportedError(f"recipe {recipe} on {self.geometry.model_type}", reasons)
         if check:
             check_model(model, self.geometry)
         self.cache = PagedCache(

@@ -32,6 +32,7 @@ class H2O(RetentionMethod):
     """Keeps the tokens with the greatest sum of attention weights."""
 
     query_aware: ClassVar[bool] = True
+    watches: ClassVar[int | None] = None
 
     def observe(self, seen: Seen, notes: Notes) -> None:
         """Adds the weights of the new queries."""
