@@ -60,6 +60,9 @@ _AXES: Final[tuple[Literal["retention", "retrieval"], ...]] = ("retention", "ret
 _RULE_OPTIONS: Final = ("keep", "budget", "every", "chunk")
 """Options of a retention clause that every method has: see :class:`~kvfold.rule.KeepRule`."""
 
+_FILES: Final = {"learned": "scorer.safetensors"}
+"""The file beside a model's weights that a method reads unless its brackets name one."""
+
 _DECODING_STRIDE: Final = 64
 """``every`` of a recipe that gives a ``budget``, unless it says otherwise."""
 
@@ -201,9 +204,13 @@ class Recipe:
         return found.located(folder) if folder else found
 
     def located(self, folder: str | Path) -> Recipe:
-        """This recipe, with the calibration in a model's ``folder`` in place of an unnamed one, if there is one."""
+        """This recipe, with the files in a model's ``folder`` in place of unnamed ones (calibration, and what methods
+        read), where they are there.
+        """
         file = Path(folder) / CALIBRATION_FILE
-        return replace(self, calibration=str(file)) if self.calibration == "" and file.is_file() else self
+        calibration = str(file) if self.calibration == "" and file.is_file() else self.calibration
+        retention = None if self.retention is None else _with_files(self.retention, Path(folder))
+        return replace(self, calibration=calibration, retention=retention)
 
     @property
     def rule(self) -> KeepRule | None:
@@ -270,6 +277,15 @@ def _rule_of(clause: Clause) -> KeepRule:
     every, chunk = options.get("every", _DECODING_STRIDE if budget else 0), options.get("chunk", 0)
     share = None if keep is None else float(keep)
     return KeepRule(share, None if budget is None else int(budget), every=int(every), chunk=int(chunk))
+
+
+def _with_files(clause: Clause, folder: Path) -> Clause:
+    """``clause`` with the files of `_FILES` named that are in ``folder``, those of the methods inside it too."""
+    inner = tuple(_with_files(part, folder) for part in clause.inner)
+    name = _FILES.get(clause.name)
+    if name is not None and not inner and (folder / name).is_file():
+        inner = (Clause(str(folder / name)),)
+    return replace(clause, inner=inner)
 
 
 def _nested(clause: Clause) -> Iterable[Clause]:

@@ -19,6 +19,7 @@ from kvfold.quality.calibrate import CalibrationReport
 from kvfold.quality.demo import DemoRow
 from kvfold.quality.results import Evaluation, Row, TaskScore
 from kvfold.quality.tasks import Document
+from kvfold.quality.train_retention import TrainingReport
 
 __all__ = [
     "attention_report",
@@ -30,6 +31,7 @@ __all__ = [
     "lm_eval_report",
     "prefix_report",
     "stats_report",
+    "training_report",
 ]
 
 
@@ -259,6 +261,18 @@ def calibration_report(console: Console, report: CalibrationReport) -> None:
         table.add_row(bits, f"{keys:.4f}", f"{values:.4f}")
     console.print(table)
     console.print(f"A recipe to try: int2.5:calibrated({report.file})", highlight=False, soft_wrap=True)
+
+
+def training_report(console: Console, report: TrainingReport) -> None:
+    """How well each head's scores are foretold on held-out passages, and a recipe to paste."""
+    size = format_bytes(report.bytes)
+    console.print(f"Learnt from {report.tokens:,} tokens, judged on {report.held_out:,} of them; {size}.\n")
+    table = _table(None, ("layer", "head", "map", "R²", "Spearman"))
+    for layer in report.layers:
+        for number, head in enumerate(layer.heads):
+            table.add_row(str(layer.layer), str(number), layer.kind, f"{head.r2:.3f}", f"{head.spearman:.3f}")
+    console.print(table)
+    console.print(f"A recipe to try: raw+learned({report.file},keep=0.25)", highlight=False, soft_wrap=True)
 
 
 def lm_eval_report(console: Console, outcome: Mapping[str, Any]) -> None:

@@ -303,7 +303,8 @@ class Retainer:
             return found
 
         facts = self._facts.get(layer)
-        return LayerView(layer, index, parts, facts, slice(sinks, stop), fresh, latent=group.kind == "latent")
+        latent, whole = group.kind == "latent", kept is None
+        return LayerView(layer, index, parts, facts, slice(sinks, stop), fresh, latent=latent, whole=whole)
 
     def _part(self, group: GroupPages, store: PageStore, index: int, blocks: Blocks, stop: int) -> PagePart:
         """The columns before position ``stop`` of ``blocks``, which follow each other without a gap."""

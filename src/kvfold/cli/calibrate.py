@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from kvfold.cli.options import JsonOption, ModelOption, counted_progress, write_json
-from kvfold.errors import RequestError
+from kvfold.cli.options import JsonOption, ModelOption, check_target, counted_progress, write_json
 
 __all__ = ["EXAMPLES", "calibrate_command"]
 
@@ -21,11 +20,7 @@ EXAMPLES = (
 
 
 def _output(file: Path) -> Path:
-    """Refuses a file that could not be written, before the work."""
-    if file.is_dir() or not file.parent.is_dir():
-        why = "it is a folder" if file.is_dir() else f"there is no folder {file.parent}"
-        raise RequestError(f"--output {file}", why=why, hint="name a file in a folder that exists")
-    return file
+    return check_target("--output", file)
 
 
 def calibrate_command(

@@ -20,6 +20,7 @@ from kvfold.recipe import Recipe
 __all__ = [
     "JsonOption",
     "ModelOption",
+    "check_target",
     "counted_progress",
     "parse_names",
     "parse_recipe_list",
@@ -32,20 +33,24 @@ _BETWEEN_RECIPES = re.compile(r";|,(?!\s*\w+\s*=)(?![^()]*(?:\([^()]*\)[^()]*)*\
 _ESTIMATE_SECONDS = 3600.0  # units of work differ in length, so that only a long look back tells the speed
 
 
-def _json_target(file: str | None) -> str | None:
+def check_target(option: str, file: Path, hint: str = "name a file in a folder that exists") -> Path:
     """Refuses a file that could not be written, before the work that is to be written there."""
-    if file is None or file == "-":
-        return file
-    folder = Path(file).parent
+    folder = file.parent
     why = ""
-    if Path(file).is_dir():
+    if file.is_dir():
         why = "it is a folder"
     elif not folder.is_dir():
         why = f"there is no folder {folder}"
     elif not os.access(folder, os.W_OK):
         why = f"the folder {folder} cannot be written"
     if why:
-        raise RequestError(f"--json {file}", why=why, hint="name a file in a folder that exists, or '-' for stdout")
+        raise RequestError(f"{option} {file}", why=why, hint=hint)
+    return file
+
+
+def _json_target(file: str | None) -> str | None:
+    if file is not None and file != "-":
+        check_target("--json", Path(file), "name a file in a folder that exists, or '-' for stdout")
     return file
 
 
