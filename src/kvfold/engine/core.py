@@ -139,13 +139,12 @@ class EngineCore:
                     )
                     break
                 except CacheFullError as error:
-                    youngest = self.scheduler.running[-1]
-                    if youngest is branch:
-                        self._fail(branch, error) if len(self.scheduler.running) == 1 else self._preempt(
-                            branch, hold=True
-                        )
+                    if len(self.scheduler.running) == 1:
+                        self._fail(branch, error)
                     else:
-                        self._preempt(youngest, hold=True)
+                        self._preempt(self.scheduler.running[-1], hold=True)
+                except KVFoldError as error:
+                    self._fail(branch, error)
 
     # -- commit
 

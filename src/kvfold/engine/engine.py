@@ -26,6 +26,7 @@ from kvfold.formats import format_bytes, parse_bytes
 from kvfold.geometry import UNBOUNDED, Geometry
 from kvfold.memory.capacity import budget_for
 from kvfold.recipe import Recipe
+from kvfold.replay import INSTRUCTION
 
 __all__ = ["Engine"]
 
@@ -75,7 +76,12 @@ class Engine:
             budget = parse_bytes(kv_memory)
         self.tokenizer = tokenizer
         self._runner = ModelRunner(
-            model, recipe=self.recipe, kv_memory=budget, prefix_caching=prefix_caching, check=check
+            model,
+            recipe=self.recipe,
+            kv_memory=budget,
+            prefix_caching=prefix_caching,
+            check=check,
+            instruction=() if tokenizer is None else tokenizer.encode(INSTRUCTION, add_special_tokens=False),
         )
         books, retainer = self._runner.manager, self._runner.cache.retainer
         scheduler = Scheduler(

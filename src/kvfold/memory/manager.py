@@ -277,6 +277,10 @@ class CacheManager:
         """Blocks that retention of a sequence of ``length`` tokens may need beside those it has. Pure."""
         return keeping.demand_keep(self._books, length)
 
+    def has_to_drop(self, seq: SeqId) -> bool:
+        """Whether a sequence holds more than retention would leave of it. Pure."""
+        return keeping.has_to_drop(self._books, seq)
+
     def reserve_keep(self, seq: SeqId) -> Keeping | None:
         """Room for what retention leaves of a sequence, None if nothing is to be dropped; CacheFullError and nothing
         has changed. Move the tokens there and `keep`, or `rollback_keep`.
