@@ -243,7 +243,7 @@ class Retainer:
                 write_merged(store, i, lists[i], kept, merged)
                 biases.append(merged.bias[kept >= 0])
             self._move(view, kept, lists[i], None if merged is None else ~merged.fresh)
-            after[view.layer] = Notes(dict(note.values), _carried(note.per_token, view, kept))
+            after[view.layer] = Notes(dict(note.values), _carried(note.per_token, view, kept, int(counts.max()) * size))
             view.forget()
         flat = torch.from_numpy(addr[there]).to(device)
         return _Packed(KeptPages(counts.to(device), flat, torch.cat(biases) if biases else None), layout.blocks, after)
@@ -320,9 +320,12 @@ def _split(blocks: Blocks, position: int) -> tuple[Blocks, Blocks]:
     return Blocks(blocks.offset[:at], blocks.start[:at]), Blocks(blocks.offset[at:], blocks.start[at:])
 
 
-def _carried(per_token: Tensor | None, view: LayerView, kept: Tensor) -> Tensor | None:
-    """The numbers ``[H, columns]`` of the tokens that are left, in their new columns."""
+def _carried(per_token: Tensor | None, view: LayerView, kept: Tensor, width: int) -> Tensor | None:
+    """The numbers ``[H, columns]`` of the tokens that are left, in their new columns, of which all layers of a group
+    have as many: those that were ``kept [H, m]`` lie in ``width`` of them.
+    """
     if per_token is None:
         return None
     middle = per_token[:, view.candidates].gather(1, kept.clamp_min(0))
+    middle = torch.nn.functional.pad(middle, (0, width - kept.shape[1]))
     return torch.cat((per_token[:, : view.candidates.start], middle, per_token[:, view.candidates.stop :]), dim=1)

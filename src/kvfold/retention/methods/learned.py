@@ -36,6 +36,7 @@ class Learned(RetentionMethod):
     file: str = ""
 
     wants_hidden: ClassVar[bool] = True
+    sees_all: ClassVar[bool] = True
 
     def refusals(self, geometry: Geometry) -> list[str]:
         """That there is no scorer, or that it is of another model."""
