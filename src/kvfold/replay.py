@@ -27,9 +27,11 @@ def replay(
     tokens: Sequence[int],
     instruction: Sequence[int] = (),
     *,
+    first: int = 0,
     chunk: int = 2048,
 ) -> None:
-    """Shows the retention method of ``cache`` how the model repeats ``tokens``, all that ``seq`` holds.
+    """Shows the retention method of ``cache`` how the model repeats ``tokens``, all that ``seq`` has read, from token
+    ``first`` on: those before an earlier retention need not be repeated again.
 
     For each ``chunk`` of them, the model reads ``instruction``, the few tokens before the chunk and the chunk, at the
     positions behind the context, on a fork in a step that is abandoned. Chunks are smaller where the positions of the
@@ -38,18 +40,19 @@ def replay(
     room.
     """
     length = cache.length(seq)
-    if not length or len(tokens) != length:
-        raise RequestError(f"repeating {len(tokens)} tokens", why=f"the sequence holds {length}")
+    if len(tokens) != length or not 0 <= first < length:
+        raise RequestError(f"repeating {len(tokens)} tokens from {first} on", why=f"the sequence holds {length}")
     spare = cache.geometry.max_positions - length - len(instruction) - _LEAD
-    if spare < min(_LEAST_CHUNK, length):
+    if spare < min(_LEAST_CHUNK, length - first):
         raise RequestError(
             f"repeating a context of {length} tokens",
             why=f"the model has {cache.geometry.max_positions} positions, and the repetition comes behind",
             hint="give it a shorter context, or retain by a method that does not repeat it",
         )
     chunk = max(1, min(chunk, spare))
-    chunk = -(-length // -(-length // chunk))  # as many, but none of them a crumb
-    start = 0
+    count = length - first
+    chunk = -(-count // -(-count // chunk))  # as many, but none of them a crumb
+    start = first
     while start < length:
         stop = min(start + chunk, length)
         said = [*instruction, *tokens[max(0, start - _LEAD) : start], *tokens[start:stop]]

@@ -27,8 +27,8 @@ def read(runner: ModelRunner, text: Sequence[int], *, seq: int | None = None, st
     return seq
 
 
-def repeat(runner: ModelRunner, seq: int, text: Sequence[int], *, chunk: int = 2048) -> None:
-    replay(runner._packed, runner.cache, seq, text, INSTRUCTION, chunk=chunk)
+def repeat(runner: ModelRunner, seq: int, text: Sequence[int], *, first: int = 0, chunk: int = 2048) -> None:
+    replay(runner._packed, runner.cache, seq, text, INSTRUCTION, first=first, chunk=chunk)
 
 
 def scores(runner: ModelRunner, seq: int) -> dict[int, Tensor]:

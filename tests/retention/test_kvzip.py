@@ -100,7 +100,8 @@ def test_it_loses_less_than_chance() -> None:
     assert losses["kvzip"] < losses["random"]
 
 
-def test_a_second_retention_scores_the_columns_that_are_left() -> None:
+@pytest.mark.parametrize("first", [0, len(TEXT)])
+def test_a_second_retention_scores_the_columns_that_are_left(first: int) -> None:
     model, more = tiny("llama"), tokens(90, seed=4)
     runner = runner_of(model, "raw,block=16,recent=16+kvzip(keep=0.4)")
     seq = read(runner, TEXT)
@@ -111,7 +112,7 @@ def test_a_second_retention_scores_the_columns_that_are_left() -> None:
     new = scores(runner, seq)
     assert all(bool(found[:, -len(more) :].isnan().all()) for found in new.values())
     carried = {layer: found[:, : -len(more)] for layer, found in new.items()}
-    repeat(runner, seq, text, chunk=64)
+    repeat(runner, seq, text, first=first, chunk=64)
     for layer, found in scores(runner, seq).items():
         assert bool(found.isfinite().all())
         assert bool((found[:, : carried[layer].shape[1]] >= carried[layer].nan_to_num(nan=0.0)).all())

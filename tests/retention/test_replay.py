@@ -134,6 +134,9 @@ def test_chunks_are_of_one_size_and_follow_the_context() -> None:
     lead, said = 8, len(INSTRUCTION)
     assert packed.sizes == [said + 75, said + lead + 75]
     assert packed.positions == [len(TEXT)] * 2
+    packed.sizes.clear()
+    repeat(runner, seq, TEXT, first=60, chunk=50)
+    assert packed.sizes == [said + lead + 45] * 2
 
 
 @pytest.mark.parametrize("fail_at", [1, 2])
@@ -195,6 +198,8 @@ def test_other_tokens_than_those_held_are_refused() -> None:
         repeat(runner, read(runner, TEXT), TEXT[:-1])
     with pytest.raises(RequestError, match="holds 0"):
         repeat(runner, runner.create(), [])
+    with pytest.raises(RequestError, match="from 150 on"):
+        repeat(runner, read(runner, TEXT), TEXT, first=150)
 
 
 def test_a_growing_cache_gives_the_room_back() -> None:

@@ -11,6 +11,7 @@ Files are safetensors. Of layer ``i``: ``i.out.weight [H, M]`` and ``i.out.bias 
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from kvfold.geometry import Geometry
 __all__ = ["Scorer", "TokenMap"]
 
 _FORMAT: Final = "kvfold-scorer"
-_VERSION: Final = "1"
+_VERSION: Final = 1
 _HINT: Final = "name a file that kvfold train-retention made"
 _PARTS: Final = ("in.weight", "in.bias", "out.weight", "out.bias")
 
@@ -77,13 +78,14 @@ class Scorer:
         stat = file.stat()
         return _load(str(file), stat.st_mtime_ns, stat.st_size, device or torch.device("cpu"))
 
-    def save(self, dtype: torch.dtype, facts: Mapping[str, str]) -> None:
+    def save(self, dtype: torch.dtype, facts: Mapping[str, str | int]) -> None:
         """Writes the file, whole or not at all. ``facts``: more metadata. ModelError if that cannot be."""
         tensors: dict[str, Tensor] = {}
         for layer, of_layer in self.maps.items():
             own = (*(of_layer.inner or (None, None)), of_layer.weight, of_layer.bias)
             tensors |= {f"{layer}.{name}": x.to(dtype) for name, x in zip(_PARTS, own, strict=True) if x is not None}
-        metadata = {**facts, "format": _FORMAT, "version": _VERSION, "model_type": self.model_type}
+        # One entry: safetensors writes several in any order, and equal scorers are to be equal files.
+        metadata = {_FORMAT: json.dumps({"version": _VERSION, "model_type": self.model_type, **facts})}
         file = Path(self.path)
         unfinished = file.with_name(f".{file.name}.{os.getpid()}")
         try:
@@ -118,10 +120,11 @@ def _load(path: str, changed: int, size: int, device: torch.device) -> Scorer:
             tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118 # it is no dict
     except (SafetensorError, OSError) as error:
         raise ModelError(what, why=str(error), hint=_HINT) from error
-    if (found := metadata.get("format")) != _FORMAT:
-        raise ModelError(what, why=f"its format is {found!r}, not {_FORMAT!r}", hint=_HINT)
-    if (found := metadata.get("version")) != _VERSION:
-        raise ModelError(what, why=f"its version is {found!r}; this kvfold reads {_VERSION!r}", hint=_HINT)
+    facts = _facts(metadata.get(_FORMAT, ""))
+    if facts is None:
+        raise ModelError(what, why=f"its metadata say nothing of a {_FORMAT}", hint=_HINT)
+    if (found := facts.get("version")) != _VERSION:
+        raise ModelError(what, why=f"its version is {found!r}; this kvfold reads {_VERSION}", hint=_HINT)
     for name, x in tensors.items():
         if not x.is_floating_point() or not bool(torch.isfinite(x).all()):
             raise ModelError(what, why=f"{name} is not of finite numbers", hint=_HINT)
@@ -130,7 +133,16 @@ def _load(path: str, changed: int, size: int, device: torch.device) -> Scorer:
     sound = {layer: found for layer, found in maps.items() if found is not None}
     if not maps or len(sound) < len(maps) or sum(4 if m.inner else 2 for m in sound.values()) != len(tensors):
         raise ModelError(what, why="its tensors are not those of a map for each layer", hint=_HINT)
-    return Scorer(path, metadata.get("model_type", ""), sound)
+    return Scorer(path, str(facts.get("model_type")), sound)
+
+
+def _facts(text: str) -> dict[str, object] | None:
+    """The metadata; None if they are not of a scorer."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _map_of(layer: int, tensors: Mapping[str, Tensor]) -> TokenMap | None:

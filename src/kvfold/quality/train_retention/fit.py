@@ -20,11 +20,12 @@ from kvfold.retention.scorer import TokenMap
 __all__ = ["Fitted", "fit_layer", "log_scores"]
 
 _LEAST_SCORE: Final = 1e-6  # weights below are as good as none, and their logarithms only noise
-_RIDGE: Final = 1e-3
+_RIDGES: Final = (1e-3, 3e-2, 1.0)  # of the variance of an input: the less there is to learn from, the more it takes
 _BATCH: Final = 512
-_EPOCHS: Final = 30
-_PATIENCE: Final = 4  # epochs without a better loss
-_RATE: Final = 2e-3
+_EPOCHS: Final = 8
+_LEAST_STEPS: Final = 1000  # of a descent, in more epochs where there is little
+_PATIENCE: Final = 3  # epochs without a better loss
+_RATE: Final = 4e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +54,15 @@ def fit_layer(pairs: LayerPairs, held_out: Tensor, *, width: int, seed: int) -> 
     mean, scale = _moments(x)
     centre, spread = y.mean(0), y.std(0).clamp_min(1e-6)
     standard = _Standard(mean, scale, centre, spread)
-    maps = {"linear": standard.folded(*_ridge(x, (y - centre) / spread, standard))}
+    wanted, judged = (y - centre) / spread, (test_y - centre) / spread
+    maps = [("linear", standard.folded(weight, y.new_zeros(y.shape[1]))) for weight in _ridges(x, wanted, standard)]
     if width:
-        own = standard.inputs(test_x), (test_y - centre) / spread
-        maps["mlp"] = standard.folded(*_descend(x, (y - centre) / spread, standard, own, width, seed))
-    losses = {kind: float(((found(test_x) - test_y) / spread).square().mean()) for kind, found in maps.items()}
-    kind = min(losses, key=lambda name: losses[name])
-    guess = maps[kind](test_x)
-    return Fitted(maps[kind], kind, _explained(guess, test_y), _rank_correlation(guess, test_y))
+        own = standard.inputs(test_x), judged
+        maps.append(("mlp", standard.folded(*_descend(x, wanted, standard, own, width, seed))))
+    losses = [float(((found(test_x) - test_y) / spread).square().mean()) for _, found in maps]
+    kind, best = maps[losses.index(min(losses))]
+    guess = best(test_x)
+    return Fitted(best, kind, _explained(guess, test_y), _rank_correlation(guess, test_y))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +101,16 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float(), variance.clamp_min(floor).sqrt().float()
 
 
-def _ridge(x: Tensor, y: Tensor, standard: _Standard) -> tuple[Tensor, Tensor]:
-    """Weight ``[H, E]`` and bias ``[H]`` with the least squares."""
+def _ridges(x: Tensor, y: Tensor, standard: _Standard) -> list[Tensor]:
+    """Weights ``[H, E]`` with the least squares, for each of `_RIDGES`."""
     gram = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
     cross = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64)
     for rows, wanted in zip(x.split(1 << 14), y.split(1 << 14), strict=True):
         inputs = standard.inputs(rows).double()
         gram += inputs.T @ inputs
         cross += inputs.T @ wanted.double()
-    gram += _RIDGE * x.shape[0] * torch.eye(x.shape[1], dtype=torch.float64)
-    return torch.linalg.solve(gram, cross).T.float(), torch.zeros(y.shape[1])
+    unit = x.shape[0] * torch.eye(x.shape[1], dtype=torch.float64)
+    return [torch.linalg.solve(gram + ridge * unit, cross).T.float() for ridge in _RIDGES]
 
 
 def _descend(
@@ -121,11 +123,13 @@ def _descend(
     weights = [inner, torch.zeros(width), outer, torch.zeros(y.shape[1])]
     weights = [nn.Parameter(weight) for weight in weights]
     steps = -(-x.shape[0] // _BATCH)
+    epochs = max(_EPOCHS, -(-_LEAST_STEPS // steps))
+    patience = max(_PATIENCE, epochs // _EPOCHS * _PATIENCE)
     optimizer = torch.optim.AdamW(weights, lr=_RATE, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=_EPOCHS * steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=epochs * steps)
     best, best_loss, since = [weight.detach().clone() for weight in weights], float("inf"), 0
     with torch.enable_grad():
-        for _ in range(_EPOCHS):
+        for _ in range(epochs):
             for rows in torch.randperm(x.shape[0], generator=generator).split(_BATCH):
                 optimizer.zero_grad()
                 functional.mse_loss(_forward(weights, standard.inputs(x[rows])), y[rows]).backward()
@@ -136,7 +140,7 @@ def _descend(
             since += 1
             if loss < best_loss:
                 best, best_loss, since = [weight.detach().clone() for weight in weights], loss, 0
-            elif since >= _PATIENCE:
+            elif since >= patience:
                 break
     return best[2], best[3], (best[0], best[1])
 

@@ -86,7 +86,7 @@ def train_retention(
     maps = {layer: fitted.map for layer, fitted in fits.items()}
     held_out = sum(len(passage) for passage, judge in zip(passages, judges.tolist(), strict=True) if judge)
     tokens = sum(map(len, passages))
-    facts = {"tokens": str(tokens), "seed": str(seed), "teacher": "kvzip"}
+    facts: dict[str, str | int] = {"teacher": "kvzip", "tokens": tokens, "seed": seed}
     Scorer(str(file), Geometry.from_config(model.config).model_type, maps).save(torch.bfloat16, facts)
     return TrainingReport(str(file), tokens, held_out, file.stat().st_size, tuple(map(_layer_fit, fits.items())))
 

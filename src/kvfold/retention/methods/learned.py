@@ -35,7 +35,9 @@ class Learned(RetentionMethod):
 
     file: str = ""
 
+    watches: ClassVar[int | None] = None
     wants_hidden: ClassVar[bool] = True
+    sees_all: ClassVar[bool] = True
 
     def refusals(self, geometry: Geometry) -> list[str]:
         """That there is no scorer, or that it is of another model."""
