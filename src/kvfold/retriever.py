@@ -66,7 +66,10 @@ class Retriever:
             split(stores, pages, int(start), group.sinks, group.recent)
             for pages, start in zip(sequences, starts, strict=True)
         ]
-        members = np.asarray([i for i, each in enumerate(splits) if each.most > self.method.least], np.int64)
+        # Below that, the bounds take more to read than what is not read.
+        fmt, least = stores.kept_store.fmt, self.method.least
+        worth = max(least, least * fmt.page_bytes / (fmt.page_bytes - fmt.summary_bytes))
+        members = np.asarray([i for i, each in enumerate(splits) if each.most > worth], np.int64)
         if not members.size:
             return None
         chosen: set[int] = set(members.tolist())

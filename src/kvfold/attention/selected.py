@@ -93,21 +93,16 @@ class PagesView:
         places: Tensor = self._registry.select("choose_pages", call, ("bounds", self._pages.store)).run(call)
         return places
 
-    def attend(self, places: Tensor, bias: Tensor | None = None) -> Piece:
-        """Attention over the pages at ``places [n, Hkv, m]``, ``bias [n, Hkv, m]`` added to all scores of a page:
-        ``o [n, Hq, Dv]``, ``lse [n, Hq]``.
-        """
-        ragged = bias is not None or self._pages.layered
-        if bias is not None:
-            bias = bias.repeat_interleave(self._pages.store.fmt.block_size, dim=-1)
-        piece = self._piece(places, bias, ragged=ragged)
+    def attend(self, places: Tensor) -> Piece:
+        """Attention over the pages at ``places [n, Hkv, m]``: ``o [n, Hq, Dv]``, ``lse [n, Hq]``."""
+        piece = self._piece(places, ragged=self._pages.layered)
         o, lse = attend_piece(self._rotated, self.layer, piece, self._call, self._registry)
         return unrotate(self._pages.store, self._q, o, lse, self.layer, self._call)
 
     def each(self, places: Tensor) -> Piece:
         """The same over every page on its own: ``o [n, m, Hq, Dv]``, ``lse [n, m, Hq]``."""
         n, heads, count = places.shape
-        piece = self._piece(places, None, ragged=True)
+        piece = self._piece(places, ragged=True)
         size = self._pages.store.fmt.block_size
         bias = None if piece.bias is None else piece.bias.view(n, heads * count, size)
         # A list of one page is a KV head of its own.
@@ -124,8 +119,8 @@ class PagesView:
     def _rotated(self) -> Tensor:
         return rotate_query(self._pages.store, self._q, self.layer, self._call.latent)
 
-    def _piece(self, places: Tensor, bias: Tensor | None, *, ragged: bool) -> PagePiece:
-        """The pages at ``places [n, Hkv, m]``, with their tokens' own biases and ``bias [n, Hkv, m * S]``."""
+    def _piece(self, places: Tensor, *, ragged: bool) -> PagePiece:
+        """The pages at ``places [n, Hkv, m]`` (``ragged``: some may be -1), with their tokens' biases."""
         pages, there = self._pages, None
         if ragged:
             there = places >= 0
@@ -138,11 +133,11 @@ class PagesView:
             addr = addr + self._shift
         if there is not None:
             addr = addr.masked_fill(~there, -1)
+        bias = None
         if pages.bias is not None:
             size = pages.store.fmt.block_size
-            own = pages.bias[self.layer].unflatten(-1, (-1, size))
-            own = own.gather(-2, places[..., None].expand(-1, -1, -1, size)).flatten(-2)
-            bias = own if bias is None else bias + own
+            bias = pages.bias[self.layer].unflatten(-1, (-1, size))
+            bias = bias.gather(-2, places[..., None].expand(-1, -1, -1, size)).flatten(-2)
         return PagePiece(pages.store, addr, 0, bias, ragged=ragged)
 
     def _bounds(self, count: int) -> BoundsCall:

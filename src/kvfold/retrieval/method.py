@@ -52,8 +52,8 @@ class PagesView(Protocol):
         """Places ``[n, H, k]``, rising, of the ``count`` pages with the greatest bounds."""
         ...
 
-    def attend(self, places: Tensor, bias: Tensor | None = None) -> Piece:
-        """Attention over the pages at ``places [n, H, m]``, ``bias [n, H, m]`` added to all scores of a page."""
+    def attend(self, places: Tensor) -> Piece:
+        """Attention over the pages at ``places [n, H, m]``: ``o [n, Hq, Dv]``, ``lse [n, Hq]``."""
         ...
 
     def each(self, places: Tensor) -> Piece:
