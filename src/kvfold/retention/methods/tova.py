@@ -28,6 +28,7 @@ class TOVA(RetentionMethod):
     """Keeps what the latest query looks at."""
 
     query_aware: ClassVar[bool] = True
+    watches: ClassVar[int | None] = 1
 
     def observe(self, seen: Seen, notes: Notes) -> None:
         """Remembers the latest query."""
