@@ -36,33 +36,29 @@ class Method:
         return None if self.press is None else f"kvpress-{self.press}-{1 - keep:g}"
 
 
-def _same(name: str, press: str) -> Method:
-    """A method that the recipe calls by its name here."""
-    return Method(name, "{base}+" + name + "(keep={keep})", press)
+def _built(name: str, clause: str, press: str | None) -> Method:
+    """A method whose recipe has ``clause``, with an open bracket for its options."""
+    return Method(name, "{base}+" + clause + "keep={keep})", press)
 
 
 METHODS: Final = (
-    _same("random", "random"),
-    _same("streaming", "streamingllm"),
-    _same("knorm", "knorm"),
-    _same("keydiff", "keydiff"),
-    _same("h2o", "observed-attention"),
-    _same("tova", "tova"),
-    _same("snapkv", "snapkv"),
-    _same("pyramidkv", "pyramidkv"),
-    _same("expected", "expected-attention"),
-    _same("criticalkv", "criticalkv-snapkv"),
-    Method("criticalkv-expected", "{base}+criticalkv(keep={keep},scorer=expected)", "criticalkv-expected-attention"),
-    _same("adakv", "adakv-snapkv"),
-    Method("adakv-expected", "{base}+adakv(keep={keep},scorer=expected)", "adakv-expected-attention"),
-    _same("criticaladakv", "criticaladakv-snapkv"),
-    Method(
-        "criticaladakv-expected",
-        "{base}+criticaladakv(keep={keep},scorer=expected)",
-        "criticaladakv-expected-attention",
-    ),
-    _same("kvzip", "kvzip"),
-    _same("duo", "duo"),
+    _built("random", "random(", "random"),
+    _built("streaming", "streaming(", "streamingllm"),
+    _built("keydiff", "keydiff(", "keydiff"),
+    _built("h2o", "h2o(", "observed-attention"),
+    _built("tova", "tova(", "tova"),
+    _built("snapkv", "snapkv(", "snapkv"),
+    _built("pyramidkv", "pyramidkv(", "pyramidkv"),
+    _built("expected", "expected_attention(", "expected-attention"),
+    _built("criticalkv", "criticalkv(snapkv,", "criticalkv-snapkv"),
+    _built("adakv", "adakv(snapkv,", "adakv-snapkv"),
+    _built("adakv-expected", "adakv(expected_attention,", "adakv-expected-attention"),
+    _built("criticaladakv", "adakv(criticalkv(snapkv),", "criticaladakv-snapkv"),
+    _built("kvzip", "kvzip(", "kvzip"),
+    _built("duo", "duo(", "duo"),
+    _built("learned", "learned(", None),
+    _built("keepkv", "keepkv(snapkv,", None),
+    _built("attention-matching", "attention_matching(", None),
 )
 """In the order of the table."""
 

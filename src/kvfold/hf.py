@@ -22,8 +22,10 @@ from kvfold.errors import ModelError, UnsupportedError
 from kvfold.formats import parse_bytes
 from kvfold.geometry import Geometry
 from kvfold.modeling import STEP_KEYWORD, AttentionSwitch, ModelStep
-from kvfold.packed import check_model
+from kvfold.packed import PackedModel, check_model
 from kvfold.recipe import Recipe
+from kvfold.replay import replay
+from kvfold.retention.build import refusals
 from kvfold.rule import KeepRule
 
 __all__ = ["KVCache"]
@@ -59,19 +61,26 @@ class KVCache(Cache):
         super().__init__(layers=[])
         self.recipe = Recipe.of(recipe, model.name_or_path)
         self.geometry = Geometry.from_config(model.config)
+        if reasons := refusals(self.recipe, self.geometry, model):
+            raise UnsupportedError(f"recipe {self.recipe} on {self.geometry.model_type}", reasons)
         self._budget = None if kv_memory is None else parse_bytes(kv_memory)
         self._model_step: ModelStep | None = None
         self._recording = False
         self._sequences: list[int] = []
         self._seen = np.zeros((0, 0), dtype=bool)
         self._prompts: list[int] = []
+        self._tokens: list[list[int]] = []
+        self._model = model
         self._hooks = _Hooks.on(model, check=check)
         self._pages = self._new_pages(model.dtype, model.device)
 
     # What the hooks call.
 
-    def open_step(self, batch: int, count: int, attention_mask: Tensor | None) -> ModelStep:
-        """Reserves room for ``count`` new positions in each of ``batch`` rows; masked positions (padding) take none."""
+    def open_step(self, inputs: Tensor, attention_mask: Tensor | None) -> ModelStep:
+        """Reserves room for the new positions of ``inputs [B, T]`` (embeddings: ``[B, T, E]``); masked ones (padding)
+        take none.
+        """
+        batch, count = inputs.shape[:2]
         if not self._seen.shape[1] and batch != len(self._sequences):
             self.reset()  # nothing has been stored yet, whatever an earlier forward that failed had begun
         if not self._sequences:
@@ -88,7 +97,7 @@ class KVCache(Cache):
         work = [SequenceWork(seq, int(n)) for seq, n in zip(self._sequences, counts, strict=True) if n]
         step = self._pages.begin(work)
         rows = None if real.all() else torch.from_numpy(np.flatnonzero(real)).to(self._pages.device)
-        self._pending = real
+        self._pending, self._inputs = real, inputs
         self._model_step = ModelStep(step, rows=rows)
         return self._model_step
 
@@ -107,7 +116,20 @@ class KVCache(Cache):
             raise
         self._seen = np.concatenate((self._seen, self._pending), axis=1)
         if self.recipe.rule is not None:
+            self._note_tokens()
             self._retain(self.recipe.rule, self._pending.sum(1))
+
+    def _note_tokens(self) -> None:
+        """Remembers the tokens of the step, if the method of retention has them repeated."""
+        retainer = self._pages.retainer
+        if retainer is None or not retainer.method.replays:
+            return
+        if self._inputs.dim() != 2:
+            why = "its method has the tokens repeated, and the model is given embeddings"
+            raise UnsupportedError(f"retention under {self.recipe}", why=why, hint="give it input_ids")
+        self._tokens = self._tokens or [[] for _ in self._sequences]
+        for row, ids, real in zip(self._tokens, self._inputs.tolist(), self._pending, strict=True):
+            row += [token for token, is_one in zip(ids, real, strict=True) if is_one]
 
     def _retain(self, rule: KeepRule, counts: np.ndarray) -> None:
         """Runs retention where it is due behind a forward of ``counts [B]`` tokens.
@@ -123,6 +145,12 @@ class KVCache(Cache):
                 self._prompts[i] = length
             elif (point := rule.next_point(before, self._prompts[i])) is None or point > length:
                 continue
+            if self._tokens and self._pages.retainer is not None and self._pages.retainer.would_drop(seq):
+                packed = PackedModel(self._model)
+                try:
+                    replay(packed, self._pages, seq, self._tokens[i])
+                finally:
+                    packed.release()
             self._pages.retain(seq)
 
     def _real_tokens(self, batch: int, count: int, mask: Tensor | None) -> np.ndarray:
@@ -193,6 +221,7 @@ class KVCache(Cache):
         self._sequences = []
         self._seen = np.zeros((0, 0), dtype=bool)
         self._prompts = []
+        self._tokens = []
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows become forks of the rows ``beam_idx [B]``: tables are copied, pages are shared until they are
@@ -208,6 +237,7 @@ class KVCache(Cache):
             self._pages.free(seq)
         self._sequences, self._seen = chosen, self._seen[order]
         self._prompts = [self._prompts[i] for i in order] if self._prompts else []
+        self._tokens = [list(self._tokens[i]) for i in order] if self._tokens else []
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row ``repeats`` times, the copies next to each other."""
@@ -222,6 +252,7 @@ class KVCache(Cache):
         seen = self._seen[:, : max(0, self._seen.shape[1] + tokens_to_remove)]
         for seq, length in zip(self._sequences, seen.sum(1), strict=True):
             self._pages.truncate(seq, int(length))
+        self._tokens = [row[: int(length)] for row, length in zip(self._tokens, seen.sum(1), strict=False)]
         self._seen = seen
 
     def activate_past_recording(self) -> None:
@@ -338,7 +369,7 @@ class _Hooks:
         inputs = next((x for x in map(given.get, ("input_ids", "inputs_embeds")) if isinstance(x, Tensor)), None)
         if inputs is None:
             raise ModelError("a forward without input_ids or inputs_embeds")
-        step = cache.open_step(inputs.shape[0], inputs.shape[1], given.get("attention_mask"))
+        step = cache.open_step(inputs, given.get("attention_mask"))
         kwargs[STEP_KEYWORD] = step
         self._switch.enter(step)
         self._open.append(cache)

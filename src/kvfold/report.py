@@ -21,6 +21,7 @@ from kvfold.quality.profile import Profile
 from kvfold.quality.profile.tables import headings, layer_rows
 from kvfold.quality.results import Evaluation, Row, TaskScore
 from kvfold.quality.tasks import Document
+from kvfold.quality.train_retention import TrainingReport
 
 __all__ = [
     "attention_report",
@@ -33,6 +34,7 @@ __all__ = [
     "prefix_report",
     "profile_report",
     "stats_report",
+    "training_report",
 ]
 
 
@@ -283,6 +285,18 @@ def profile_report(console: Console, found: Profile) -> None:
         console.print(table)
     console.print(f"{found.suggestion.why[:1].upper()}{found.suggestion.why[1:]}.", highlight=False)
     console.print(f"A recipe to try: {found.suggestion.recipe}", highlight=False, soft_wrap=True)
+
+
+def training_report(console: Console, report: TrainingReport) -> None:
+    """How well each head's scores are foretold on held-out passages, and a recipe to paste."""
+    size = format_bytes(report.bytes)
+    console.print(f"Learnt from {report.tokens:,} tokens, judged on {report.held_out:,} of them; {size}.\n")
+    table = _table(None, ("layer", "head", "map", "R²", "Spearman"))
+    for layer in report.layers:
+        for number, head in enumerate(layer.heads):
+            table.add_row(str(layer.layer), str(number), layer.kind, f"{head.r2:.3f}", f"{head.spearman:.3f}")
+    console.print(table)
+    console.print(f"A recipe to try: raw+learned({report.file},keep=0.25)", highlight=False, soft_wrap=True)
 
 
 def lm_eval_report(console: Console, outcome: Mapping[str, Any]) -> None:

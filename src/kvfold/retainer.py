@@ -162,6 +162,10 @@ class Retainer:
 
     # ------------------------------------------------------------------------------------------------------ keeping
 
+    def would_drop(self, seq: int) -> bool:
+        """Whether `run` would drop anything now."""
+        return self._manager.has_to_drop(seq)
+
     def run(self, seq: int, *, final: bool = False) -> bool:
         """Drops what the rule and the method say; whether there was anything to drop. ``final``: as in
         `PagedCache.retain`.
@@ -313,7 +317,8 @@ class Retainer:
             return found
 
         facts = self._facts.get(layer)
-        return LayerView(layer, index, parts, facts, slice(sinks, stop), fresh, latent=group.kind == "latent")
+        latent, whole = group.kind == "latent", kept is None
+        return LayerView(layer, index, parts, facts, slice(sinks, stop), fresh, latent=latent, whole=whole)
 
     def _part(self, group: GroupPages, store: PageStore, index: int, blocks: Blocks, stop: int) -> PagePart:
         """The columns before position ``stop`` of ``blocks``, which follow each other without a gap."""

@@ -146,3 +146,52 @@ def test_memory_is_flat_while_decoding_under_a_budget():
 def test_a_recipe_that_cannot_work_is_refused_when_the_engine_is_made():
     with pytest.raises(UnsupportedError, match="scales of channels"):
         engine_of(MODEL, recipe="int4,scales=channel+snapkv(keep=0.5)")
+
+
+@pytest.mark.parametrize("method", ["", "+keydiff(keep=0.3)", "+keydiff(budget=80,every=8)"])
+def test_a_shared_context_gives_what_a_private_one_gives(method):
+    context = prompts_of(203)[0]
+    questions = prompts_of(9, 30, 1, 17, seed=4)
+    private = []
+    with engine_of(MODEL, recipe=QUARTER + method) as engine:
+        for question in questions:
+            params = SamplingParams(max_tokens=20, ignore_eos=True, context_tokens=len(context))
+            private += [o.token_ids for o in engine.generate([context + question], params, progress=False)]
+    with engine_of(MODEL, recipe=QUARTER + method) as engine:
+        held = engine.add_context(context)
+        used = engine.stats()["kv_in_use_bytes"]
+        outputs = engine.generate(questions, GREEDY, context=held, progress=False)
+        assert [output.token_ids for output in outputs] == private
+        assert outputs[0].prompt_token_ids == context + questions[0]
+        assert engine.stats()["prefix_hit_tokens"] == 203 * len(questions)
+        assert engine.stats()["kv_in_use_bytes"] == used
+        assert engine.generate(questions[1], GREEDY, context=held, progress=False)[0].token_ids == private[1]
+        engine.remove_context(held)
+        assert_idle(engine)
+        with pytest.raises(RequestError, match="does not hold"):
+            engine.generate(questions, GREEDY, context=held)
+
+
+def test_contexts_of_query_aware_methods_are_refused_and_those_in_use_stay():
+    context = prompts_of(100)[0]
+    with engine_of(MODEL, recipe=f"{QUARTER}+snapkv(keep=0.3)") as engine:
+        with pytest.raises(UnsupportedError, match="queries of a request"):
+            engine.add_context(context)
+        assert_idle(engine)
+    with engine_of(MODEL, recipe=f"{QUARTER}+keydiff(keep=0.3)") as engine:
+        held = engine.add_context(context)
+        engine.add_request(prompts_of(5)[0], GREEDY, context=held)
+        with pytest.raises(RequestError, match="in use"):
+            engine.remove_context(held)
+        with pytest.raises(RequestError, match="salt"):
+            engine.add_request(prompts_of(5)[0], GREEDY, context=held, salt=b"other")
+        drain(engine)
+
+
+def test_many_requests_on_one_context_in_a_small_pool():
+    context = prompts_of(400)[0]
+    with engine_of(MODEL, recipe=f"{QUARTER}+keydiff(keep=0.5)", kv_memory="200KiB", prefix_caching=False) as engine:
+        held = engine.add_context(context)
+        outputs = engine.generate(prompts_of(*[20] * 24, seed=2), GREEDY, context=held, progress=False)
+        assert all(len(output.token_ids) == 20 for output in outputs)
+        assert engine.stats()["kv_peak_bytes"] <= engine.stats()["kv_budget_bytes"]

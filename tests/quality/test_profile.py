@@ -227,9 +227,9 @@ def found_of(*answers: float, kl: float = 0.0) -> Retrieval:
 @pytest.mark.parametrize(
     ("answers", "kl", "keep"),
     [
-        ((0.0, 0.99, 1.0, 1.0, 1.0), 0.0, "0.25"),  # within 2 % of all
-        ((0.0, 0.99, 0.9, 1.0, 1.0), 0.0, "0.75"),  # from there on, not by luck
-        ((1.0, 1.0, 1.0), 0.0, "0.05"),
+        ((0.0, 0.99, 1.0, 1.0, 1.0), 0.0, "0.3"),  # within 2 % of all; streaming heads keep 64 tokens of 1,024
+        ((0.0, 0.99, 0.9, 1.0, 1.0, 1.0), 0.0, "0.65"),  # from there on, not by luck
+        ((1.0, 1.0, 1.0), 0.0, "0.1"),
         ((0.0, 0.0, 0.0, 1.0), 0.0, None),  # too many heads
         ((0.0, 1.0, 1.0), 0.2, None),  # the text suffers
         ((0.3, 0.3, 0.3), 0.0, None),  # it cannot do the task at all
@@ -238,17 +238,18 @@ def found_of(*answers: float, kl: float = 0.0) -> Retrieval:
 def test_streaming_heads_are_suggested_where_they_cost_nothing(
     answers: tuple[float, ...], kl: float, keep: str | None
 ) -> None:
-    found = suggest("int4,recent=32", [layer_of(1.9)], found_of(*answers, kl=kl))
+    found = suggest("int4,recent=32", [layer_of(1.9)], found_of(*answers, kl=kl), 1024)
     assert found.recipe == "int4,recent=32" + (f"+duo(keep={keep})" if keep else "")
     assert found.why
 
 
 def test_budgets_come_next_and_plain_last() -> None:
-    assert suggest("int8", [layer_of(0.43)], None).recipe == "int8+adakv(snapkv,keep=0.25)"
-    assert suggest("int8", [layer_of(0.0)], None).recipe == "int8+adakv(snapkv,keep=0.05)"
-    assert suggest("int8", [layer_of(1.0), layer_of(0.9)], found_of(0, 0, 1)).recipe == "int8+adakv(snapkv,keep=0.5)"
-    assert suggest("int8", [layer_of(1.8)], None).recipe == "int8"
-    assert suggest("int8", [layer_of(0.1, window=99)], None).recipe == "int8"  # a window drops tokens by itself
+    assert suggest("int8", [layer_of(0.43)], None, 2048).recipe == "int8+adakv(snapkv,keep=0.25)"
+    assert suggest("int8", [layer_of(0.0)], None, 2048).recipe == "int8+adakv(snapkv,keep=0.05)"
+    both = [layer_of(1.0), layer_of(0.9)]
+    assert suggest("int8", both, found_of(0, 0, 1), 2048).recipe == "int8+adakv(snapkv,keep=0.5)"
+    assert suggest("int8", [layer_of(1.8)], None, 2048).recipe == "int8"
+    assert suggest("int8", [layer_of(0.1, window=99)], None, 2048).recipe == "int8"  # a window drops tokens by itself
 
 
 def test_breadth_is_the_exponential_of_entropy() -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from kvfold import __version__
-from kvfold.cli import bench, calibrate, demo, doctor, evaluate, generate, profile
+from kvfold.cli import bench, calibrate, demo, doctor, evaluate, generate, profile, train_retention
 from kvfold.errors import KVFoldError
 from kvfold.telemetry import Settings, calm_openmp
 
@@ -29,6 +29,7 @@ app.command(epilog=generate.EXAMPLES)(generate.generate)
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command("calibrate", epilog=calibrate.EXAMPLES)(calibrate.calibrate_command)
 app.command(epilog=profile.EXAMPLES)(profile.profile)
+app.command("train-retention", epilog=train_retention.EXAMPLES)(train_retention.train_retention_command)
 app.command(epilog=doctor.EXAMPLES)(doctor.doctor)
 app.add_typer(bench_app, name="bench")
 bench_app.command("decode", epilog=bench.DECODE_EXAMPLES)(bench.bench_decode_command)

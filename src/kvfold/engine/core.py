@@ -87,14 +87,18 @@ class EngineCore:
     # -- run
 
     def _start(self, admission: Admission) -> Work:
-        """Give a waiting branch its sequence and what the prefix index has of it."""
+        """Give a waiting branch its sequence: a fork of its shared context, or what the prefix index has of it."""
         branch, _, work = admission
-        seq = self.runner.create()
-        try:
-            branch.computed = self.runner.adopt(seq, self.scheduler.shareable(branch), branch.request.salt)
-        except BaseException:
-            self.runner.free(seq)
-            raise
+        shared = branch.request.shared
+        if shared is not None:
+            seq, branch.computed = self.runner.fork(shared.seq), len(shared.tokens)
+        else:
+            seq = self.runner.create()
+            try:
+                branch.computed = self.runner.adopt(seq, self.scheduler.shareable(branch), branch.request.salt)
+            except BaseException:
+                self.runner.free(seq)
+                raise
         self.stats.prefix_hit_tokens += branch.computed
         if branch.request.cached_tokens is None:
             branch.request.cached_tokens = branch.computed
@@ -135,13 +139,12 @@ class EngineCore:
                     )
                     break
                 except CacheFullError as error:
-                    youngest = self.scheduler.running[-1]
-                    if youngest is branch:
-                        self._fail(branch, error) if len(self.scheduler.running) == 1 else self._preempt(
-                            branch, hold=True
-                        )
+                    if len(self.scheduler.running) == 1:
+                        self._fail(branch, error)
                     else:
-                        self._preempt(youngest, hold=True)
+                        self._preempt(self.scheduler.running[-1], hold=True)
+                except KVFoldError as error:
+                    self._fail(branch, error)
 
     # -- commit
 

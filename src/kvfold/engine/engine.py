@@ -13,6 +13,7 @@ from typing import Final, Self
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvfold.cache import group_spec
+from kvfold.engine.contexts import Context, read_context
 from kvfold.engine.core import EngineCore
 from kvfold.engine.intake import Intake, Room, is_single
 from kvfold.engine.loading import available_memory, check_recipe, end_tokens, load
@@ -25,6 +26,7 @@ from kvfold.formats import format_bytes, parse_bytes
 from kvfold.geometry import UNBOUNDED, Geometry
 from kvfold.memory.capacity import budget_for
 from kvfold.recipe import Recipe
+from kvfold.replay import INSTRUCTION
 
 __all__ = ["Engine"]
 
@@ -74,7 +76,12 @@ class Engine:
             budget = parse_bytes(kv_memory)
         self.tokenizer = tokenizer
         self._runner = ModelRunner(
-            model, recipe=self.recipe, kv_memory=budget, prefix_caching=prefix_caching, check=check
+            model,
+            recipe=self.recipe,
+            kv_memory=budget,
+            prefix_caching=prefix_caching,
+            check=check,
+            instruction=() if tokenizer is None else tokenizer.encode(INSTRUCTION, add_special_tokens=False),
         )
         books, retainer = self._runner.manager, self._runner.cache.retainer
         scheduler = Scheduler(
@@ -97,6 +104,7 @@ class Engine:
         )
         self._numbered = 0
         self._unclaimed: list[RequestOutput] = []
+        self._contexts: set[Context] = set()
         self._closed = False
         logging.getLogger("kvfold.engine").info(self.capacity_report())
 
@@ -110,10 +118,12 @@ class Engine:
         request_id: str | None = None,
         salt: bytes = b"",
         on_chunk: Callable[[StreamChunk], None] | None = None,
+        context: Context | None = None,
     ) -> str:
         """Queue a request; its id. RequestError if it can never be served.
 
-        ``salt``: only requests with the same salt share prefix blocks. ``on_chunk``: is called at the end of each step
+        ``salt``: only requests with the same salt share prefix blocks. ``context``: what `add_context` gave; the prompt
+        goes on from it, and its tokens are part of the request's. ``on_chunk``: is called at the end of each step
         that brought the request a token, and must not raise; the chunk of its last step carries the whole output.
         """
         if self._closed:
@@ -122,11 +132,39 @@ class Engine:
             request_id = self._new_id()
         elif request_id in self._core.requests:
             raise RequestError(f"request id {request_id!r}", why="a request of this id is under way")
+        if context is not None and (context not in self._contexts or context.salt != salt):
+            why = "it was removed, is another engine's, or was read under another salt"
+            raise RequestError("a context that this engine does not hold for this request", why=why)
         request = self._intake.make(
-            prompt, params or SamplingParams(), request_id=request_id, salt=salt, on_chunk=on_chunk
+            prompt, params or SamplingParams(), request_id=request_id, salt=salt, on_chunk=on_chunk, shared=context
         )
         self._core.add(request)
         return request_id
+
+    def add_context(self, text: Prompt, *, salt: bytes = b"") -> Context:
+        """Reads a context now, compresses it as the recipe says, and holds it for requests of the same ``salt`` to
+        begin with: they share its blocks, and give what they would give with ``context_tokens`` of their own.
+
+        UnsupportedError if the recipe's retention chooses by a request's queries; RequestError if it is too long;
+        CacheFullError if there is no room beside what runs.
+        """
+        if self._closed:
+            raise RequestError("the engine is closed")
+        tokens = self._intake.tokens(text)
+        self._intake.check_length(tokens)
+        chunk = self._core.scheduler.max_batched_tokens
+        context = read_context(self._runner, self.recipe.rule, tokens, chunk, salt)
+        self._contexts.add(context)
+        return context
+
+    def remove_context(self, context: Context) -> None:
+        """Lets go of a context. RequestError if the engine does not hold it, or a request under way begins with it."""
+        if context not in self._contexts:
+            raise RequestError("a context that this engine does not hold")
+        if any(request.shared is context for request in self._core.requests.values()):
+            raise RequestError("a context in use", why="requests that begin with it have not ended")
+        self._contexts.remove(context)
+        self._runner.free(context.seq)
 
     def _new_id(self) -> str:
         """A number that no request under way has for its id."""
@@ -160,10 +198,12 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         salt: bytes = b"",
+        context: Context | None = None,
         progress: bool = True,
         raise_errors: bool = True,
     ) -> list[RequestOutput]:
         """Completions of ``prompts`` (one, or several), in their order. ``params``: for all, or one for each.
+        ``context``: what all of them go on from, see `add_request`.
 
         ``progress``: a line on stderr, if that is a terminal and it takes longer than two seconds. An error of one
         request (NumericsError) leaves the others alone; it is raised when all are done, or with ``raise_errors=False``
@@ -177,7 +217,7 @@ class Engine:
         done: dict[str, RequestOutput] = {}
         try:
             for prompt, one in zip(many, wanted, strict=True):
-                ids.append(self.add_request(prompt, one, salt=salt))
+                ids.append(self.add_request(prompt, one, salt=salt, context=context))
             self._run(ids, done, ProgressLine(len(ids), enabled=progress))
         finally:
             for request_id in ids:
@@ -289,6 +329,8 @@ class Engine:
         self._closed = True
         for request in list(self._core.requests.values()):
             self._core.abort(request)
+        for context in list(self._contexts):
+            self.remove_context(context)
         self._runner.release()
 
     def __enter__(self) -> Self:

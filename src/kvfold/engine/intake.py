@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from kvfold.engine.contexts import Context
 from kvfold.engine.detokenize import TextStream
 from kvfold.engine.request import Prompt, SamplingParams, StreamChunk
 from kvfold.engine.sampling import RowSampler
@@ -49,10 +50,16 @@ class Intake:
         request_id: str,
         salt: bytes,
         on_chunk: Callable[[StreamChunk], None] | None,
+        shared: Context | None = None,
     ) -> Request:
-        """The request, with its first branch; RequestError says why it can never be served."""
-        tokens = self.tokens(prompt)
-        limit = self._limit(tokens, params)
+        """The request, with its first branch; RequestError says why it can never be served. ``shared``: the context
+        that ``prompt`` goes on from.
+        """
+        tokens = self.tokens(prompt) if shared is None else [*shared.tokens, *self._continuation(prompt)]
+        if shared is not None and params.context_tokens is not None:
+            raise RequestError("context_tokens beside a shared context", why="that is the context", hint="leave it out")
+        context = len(shared.tokens) if shared is not None else params.context_tokens or len(tokens)
+        limit = self._limit(tokens, params, context)
         self._check(params, len(tokens))
         end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._end_ids)
         request = Request(
@@ -64,6 +71,7 @@ class Intake:
             limit=limit,
             end_ids=end_ids,
             on_chunk=on_chunk,
+            shared=shared,
         )
         self._arrivals += 1
         seed = params.seed if params.seed is not None or params.greedy else self._seeds.getrandbits(62)
@@ -91,6 +99,15 @@ class Intake:
         if prompt and all(isinstance(item, Mapping) for item in prompt):
             return self._checked(self._chat([dict(item) for item in prompt if isinstance(item, Mapping)]))
         return self._checked(prompt)
+
+    def _continuation(self, prompt: Prompt) -> list[int]:
+        """Token ids of what stands behind a context: a text without special tokens, or ids."""
+        if isinstance(prompt, str):
+            return self._checked(self._need("a text").encode(prompt, add_special_tokens=False))
+        if prompt and all(isinstance(item, Mapping) for item in prompt):
+            hint = "render the chat yourself and give what follows the context as a text or as token ids"
+            raise RequestError("chat messages behind a shared context", why="a template renders whole chats", hint=hint)
+        return self.tokens(prompt)
 
     def _chat(self, messages: list[dict[str, Any]]) -> Any:
         tokenizer = self._need("chat messages")
@@ -120,17 +137,21 @@ class Intake:
             raise RequestError(f"bad token id {wrong} in a prompt", why=f"the vocabulary has {self._vocab} tokens")
         return ids
 
-    def _limit(self, tokens: Sequence[int], params: SamplingParams) -> int:
-        """Most tokens of prompt and completion together. The last one is never stored in the cache."""
-        least = len(tokens) + 1
-        if least > self._context:
+    def check_length(self, tokens: Sequence[int]) -> int:
+        """Tokens of a prompt and the first one behind it; RequestError if that is more than the model takes."""
+        if len(tokens) + 1 > self._context:
             raise RequestError(
                 f"prompt of {len(tokens)} tokens",
                 why=f"the context is {self._context} tokens, with at least one generated",
                 hint="shorten the prompt",
             )
+        return len(tokens) + 1
+
+    def _limit(self, tokens: Sequence[int], params: SamplingParams, context: int) -> int:
+        """Most tokens of prompt and completion together. The last one is never stored in the cache."""
+        least = self.check_length(tokens)
         asked = min(self._context, len(tokens) + params.max_tokens) if params.max_tokens else least
-        if not self._capacity.holds(asked - 1, params.context_tokens or len(tokens)):
+        if not self._capacity.holds(asked - 1, context):
             hint = "raise kv_memory, lower max_tokens, or choose a recipe with fewer bits"
             if self._capacity.retains:
                 hint += ", or retention with chunk=512: it then runs while the prompt is read"

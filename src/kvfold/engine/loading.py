@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from kvfold.errors import ModelError, UnsupportedError
 from kvfold.geometry import Geometry
 from kvfold.recipe import Recipe
+from kvfold.retention.build import refusals
 
 __all__ = ["BUNDLED", "available_memory", "available_recipes", "check_recipe", "end_tokens", "load", "parse_recipes"]
 
@@ -78,7 +79,7 @@ def available_recipes(texts: Sequence[str], model: PreTrainedModel) -> list[str]
     """Those of ``texts`` that ``model`` can be served with: a calibrated one needs a calibration beside the weights."""
     geometry = Geometry.from_config(model.config)
     folder = model.name_or_path
-    return [text for text in texts if not Recipe.of(text, folder).supports(geometry)]
+    return [text for text in texts if not _reasons(Recipe.of(text, folder), geometry, model)]
 
 
 def check_recipe(recipe: Recipe | str, model: PreTrainedModel) -> Recipe:
@@ -87,9 +88,13 @@ def check_recipe(recipe: Recipe | str, model: PreTrainedModel) -> Recipe:
     """
     found = Recipe.of(recipe, model.name_or_path)
     geometry = Geometry.from_config(model.config)
-    if reasons := found.supports(geometry):
+    if reasons := _reasons(found, geometry, model):
         raise UnsupportedError(f"recipe {recipe} on {geometry.model_type}", reasons)
     return found
+
+
+def _reasons(recipe: Recipe, geometry: Geometry, model: PreTrainedModel) -> list[str]:
+    return recipe.supports(geometry) + refusals(recipe, geometry, model)
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:

@@ -12,10 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvfold.cache import PagedCache, SequenceWork
+from kvfold.errors import UnsupportedError
 from kvfold.geometry import Geometry
 from kvfold.memory.manager import CacheManager
 from kvfold.packed import PackedModel, check_model
 from kvfold.recipe import Recipe
+from kvfold.replay import replay
+from kvfold.retention.build import refusals
 
 __all__ = ["ModelRunner", "SeqWork"]
 
@@ -36,7 +39,7 @@ class SeqWork:
 
 class ModelRunner:
     """A model on its paged cache. ``kv_memory``: bytes, a hard budget. Checks the model against its stock path
-    first.
+    first. ``instruction``: tokens that ask the model to repeat what it has read, for retention methods that watch that.
     """
 
     def __init__(
@@ -47,8 +50,11 @@ class ModelRunner:
         kv_memory: int,
         prefix_caching: bool = True,
         check: bool = True,
+        instruction: Sequence[int] = (),
     ) -> None:
         self.geometry = Geometry.from_config(model.config)
+        if reasons := refusals(recipe, self.geometry, model):
+            raise UnsupportedError(f"recipe {recipe} on {self.geometry.model_type}", reasons)
         if check:
             check_model(model, self.geometry)
         self.cache = PagedCache(
@@ -61,6 +67,7 @@ class ModelRunner:
             prefix_caching=prefix_caching,
         )
         self._packed = PackedModel(model)
+        self._instruction = tuple(instruction)
 
     @property
     def manager(self) -> CacheManager:
@@ -98,8 +105,11 @@ class ModelRunner:
 
     def retain(self, seq: int, tokens: Sequence[int], *, final: bool = False) -> bool:
         """Runs the recipe's retention on a sequence, which holds ``tokens``; whether anything was dropped. Otherwise as
-        `PagedCache.retain`.
+        `PagedCache.retain`. RequestError if its method has the tokens repeated, and the model lacks positions for that.
         """
+        retainer = self.cache.retainer
+        if retainer is not None and retainer.method.replays and retainer.would_drop(seq):
+            replay(self._packed, self.cache, seq, tokens, self._instruction)
         return self.cache.retain(seq, final=final)
 
     def release(self) -> None:

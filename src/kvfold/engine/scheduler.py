@@ -184,7 +184,7 @@ class Scheduler:
                 break
             if branch is self._blocked:
                 return tuple(admit), branch
-            cached = self._books.match(self.shareable(branch), branch.request.salt)
+            cached = self._cached(branch)
             if any(self._worth_awaiting(branch, cached, other) for other in [*prompts, *(a.branch for a in admit)]):
                 break
             # Beside the prompt itself, a block for each completion to grow into: else it is preempted as soon as
@@ -209,7 +209,7 @@ class Scheduler:
         if admit:
             return StepPlan(admit=admit)
         head = self._waiting[0]
-        cached = self._books.match(self.shareable(head), head.request.salt)
+        cached = self._cached(head)
         part = self._part(head, cached, self.max_batched_tokens)
         while part.chunk and not self._books.fits(self._arrival(head, cached, part.chunk) + self._kept(part)):
             part = self._work(head, cached, part.chunk // 2)
@@ -232,7 +232,7 @@ class Scheduler:
         now.
         """
         size = self._block_size
-        if not self._prefix_caching or branch.request.salt != other.request.salt:
+        if not self._prefix_caching or branch.request.shared or branch.request.salt != other.request.salt:
             return False
         if branch.tokens[:size] != other.tokens[:size]:
             return False
@@ -248,10 +248,18 @@ class Scheduler:
         whole = length // size * size
         return min([whole, *(g.packed_end(length, size) * size for g in self._books.groups if g.seals)])
 
+    def _cached(self, branch: Branch) -> int:
+        """Tokens at the start of a waiting branch that need not be computed."""
+        if branch.request.shared is not None:
+            return len(branch.request.shared.tokens)
+        return self._books.match(self.shareable(branch), branch.request.salt)
+
     def _arrival(self, branch: Branch, cached: int, count: int) -> Demand:
         """The demand of ``count`` tokens after ``cached`` ones from the index, which cease to be free when they are
-        taken.
+        taken; or from a shared context, of which there will be a fork.
         """
+        if branch.request.shared is not None:
+            return self._books.demand_fork(branch.request.shared.seq, count)
         return self._books.demand_for(cached, count, tokens=branch.tokens, salt=branch.request.salt)
 
     def _part(self, branch: Branch, start: int, budget: int) -> Work:

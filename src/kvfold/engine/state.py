@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from kvfold.engine.contexts import Context
 from kvfold.engine.detokenize import TextStream
 from kvfold.engine.request import FinishReason, SamplingParams, StreamChunk
 from kvfold.engine.sampling import RowSampler, TokenLogprob
@@ -47,10 +48,14 @@ class Request:
     cached_tokens: int | None = None
     """Prompt tokens found in the prefix index at the first admission."""
     error: KVFoldError | None = None
+    shared: Context | None = None
+    """The context that the engine holds and the prompt begins with."""
 
     @property
     def context(self) -> int:
         """Tokens of the prompt at whose end retention runs: all, unless the request says otherwise."""
+        if self.shared is not None:
+            return len(self.shared.tokens)
         return self.params.context_tokens or len(self.prompt)
 
     @property

@@ -13,7 +13,7 @@ from kvfold.memory.books import Books, SequenceState
 from kvfold.memory.reservation import Demand, Keeping
 from kvfold.memory.table import GroupTable, PoolKey, SeqId
 
-__all__ = ["candidates", "demand_keep", "keep", "reserve_keep", "rollback_keep"]
+__all__ = ["candidates", "demand_keep", "has_to_drop", "keep", "reserve_keep", "rollback_keep"]
 
 
 def demand_keep(books: Books, length: int) -> Demand:
@@ -26,6 +26,12 @@ def demand_keep(books: Books, length: int) -> Demand:
             blocks[group, spec.kept_state] = count
             entries += count * (1 + spec.pages * spec.page_entries)
     return Demand(blocks, entries=entries)
+
+
+def has_to_drop(books: Books, seq: SeqId) -> bool:
+    """Whether retention would drop anything of a sequence. Pure."""
+    state = books.settled(seq)
+    return any(_end(books, state, group) is not None for group in range(len(books.specs)))
 
 
 def reserve_keep(books: Books, seq: SeqId) -> Keeping | None:

@@ -214,6 +214,14 @@ class CacheManager:
             need = need + sharing.pins(books, sharing.find(books, tokens, salt, exactly=length_before))
         return need
 
+    def demand_fork(self, seq: SeqId, new_tokens: int) -> Demand:
+        """The demand of a fork of ``seq`` and of a step of ``new_tokens`` tokens on it: of its last blocks it will make
+        copies. Pure.
+        """
+        state = self._books.state(seq)
+        copies: dict[PoolKey, int] = {(group, "raw"): 1 for group in range(len(self.groups))}
+        return self.demand(seq, new_tokens) + Demand(copies, entries=sum(table.entries for table in state.tables))
+
     def fits(self, *demands: Demand) -> bool:
         """Whether all ``demands`` can be met at once. Exact for one `reserve`, and for `reserve_many`. Pure."""
         return self._books.fits(sum(demands, NOTHING))
@@ -268,6 +276,10 @@ class CacheManager:
     def demand_keep(self, length: int) -> Demand:
         """Blocks that retention of a sequence of ``length`` tokens may need beside those it has. Pure."""
         return keeping.demand_keep(self._books, length)
+
+    def has_to_drop(self, seq: SeqId) -> bool:
+        """Whether a sequence holds more than retention would leave of it. Pure."""
+        return keeping.has_to_drop(self._books, seq)
 
     def reserve_keep(self, seq: SeqId) -> Keeping | None:
         """Room for what retention leaves of a sequence, None if nothing is to be dropped; CacheFullError and nothing

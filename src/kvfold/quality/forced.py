@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvfold.engine.runner import ModelRunner, SeqWork
 from kvfold.quality.contestant import PREFILL_TOKENS, SCORED_TOKENS, Forced
+from kvfold.rule import KeepRule
 
 __all__ = ["teacher_force"]
 
@@ -21,7 +22,8 @@ def teacher_force(
     score_from: int,
     decode_steps: int = 0,
 ) -> Forced:
-    """Feeds ``tokens`` to a new sequence and frees it again.
+    """Feeds ``tokens`` to a new sequence and frees it again. Retention runs where it would if what stands before
+    ``score_from`` were a prompt.
 
     ``score_from``: the first position whose logits are kept; what stands before it is the prompt. ``decode_steps``:
     greedy single-token steps timed after the tokens.
@@ -30,13 +32,16 @@ def teacher_force(
         raise ValueError(f"score_from={score_from} leaves no prompt or nothing to score of {len(tokens)} tokens")
     seq = runner.create()
     kept: list[Tensor] = []
+    rule = runner.cache.recipe.rule
     try:
-        for start, stop in _chunks(len(tokens), score_from):
+        for start, stop in _chunks(len(tokens), score_from, rule):
             work = SeqWork(seq=seq, tokens=tokens[start:stop], start=start, salt=b"", sample=True)
             if start < score_from:
                 runner.execute([work])
             else:
                 kept.append(runner.execute_all(work))
+            if rule is not None and rule.next_point(start, score_from) == stop:
+                runner.retain(seq, tokens[:stop], final=not rule.every and stop >= score_from)
         kv_bytes = runner.cache.bytes_in_use()
         speed = _decode_speed(runner, seq, len(tokens), kept[-1][-1], decode_steps)
     finally:
@@ -44,11 +49,15 @@ def teacher_force(
     return Forced(logits=torch.cat(kept), kv_bytes=kv_bytes, decode_tok_s=speed)
 
 
-def _chunks(length: int, score_from: int) -> Iterator[tuple[int, int]]:
-    """The forwards: the prompt as the engine prefills, then small steps."""
-    for first, end, size in ((0, score_from, PREFILL_TOKENS), (score_from, length, SCORED_TOKENS)):
-        for start in range(first, end, size):
-            yield start, min(start + size, end)
+def _chunks(length: int, score_from: int, rule: KeepRule | None) -> Iterator[tuple[int, int]]:
+    """The forwards: the prompt as the engine prefills, then small steps; none crosses a point of retention."""
+    start = 0
+    while start < length:
+        end, size = (score_from, PREFILL_TOKENS) if start < score_from else (length, SCORED_TOKENS)
+        point = None if rule is None else rule.next_point(start, score_from)
+        stop = min(start + size, end, point or end)
+        yield start, stop
+        start = stop
 
 
 def _decode_speed(runner: ModelRunner, seq: int, length: int, logits: Tensor, steps: int) -> float:

@@ -35,8 +35,12 @@ class RecipeContestant:
         self._geometry = Geometry.from_config(model.config)
 
     @property
-    def bits_per_value(self) -> float:
-        """Bits that a number of a packed token takes, with its share of scales and padding."""
+    def bits_per_value(self) -> float | None:
+        """Bits that a number of a packed token takes, with its share of scales and padding; None if tokens are
+        dropped.
+        """
+        if self.recipe.retention is not None:
+            return None
         return bits_per_value(self._geometry, self.recipe, self.model.dtype.itemsize)
 
     def force(self, tokens: Sequence[int], *, score_from: int, decode_steps: int = 0) -> Forced:
@@ -80,7 +84,10 @@ class RecipeContestant:
         """Nothing is held."""
 
     def _pool(self, length: int, sequences: int) -> int:
-        specs = [group_spec(group) for group in self._geometry.groups(self.recipe, self.model.dtype.itemsize)]
+        groups = self._geometry.groups(self.recipe, self.model.dtype.itemsize)
+        specs = [group_spec(group, recipe=self.recipe) for group in groups]
+        # A method of retention may have the context repeated, beside what there is.
+        sequences += self.recipe.retention is not None
         return budget_for(specs, self.recipe.block_size, length=length, chunk=_chunk(length), sequences=sequences)
 
 

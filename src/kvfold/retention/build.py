@@ -13,19 +13,24 @@ from kvfold.recipe import known_methods
 from kvfold.retention.method import RetentionMethod
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from kvfold.geometry import Geometry
     from kvfold.recipe import Recipe
 
 __all__ = ["build_method", "refusals"]
 
 
-def refusals(recipe: Recipe, geometry: Geometry) -> list[str]:
-    """Every reason why the retention of ``recipe`` cannot serve a model of this geometry; RecipeError if its clause
-    does not make sense.
+def refusals(recipe: Recipe, geometry: Geometry, model: nn.Module | None = None) -> list[str]:
+    """Every reason why the retention of ``recipe`` cannot serve a model of this geometry, and this very ``model`` where
+    one is given; RecipeError if its clause does not make sense.
     """
     if recipe.method is None:
         return []
-    reasons = build_method(recipe.method).refusals(geometry)
+    method = build_method(recipe.method)
+    reasons = method.refusals(geometry)
+    if model is not None and not reasons:
+        reasons += method.model_refusals(model)
     if recipe.scales == "channel":
         reasons.append("pages with scales of channels are written whole: retention cannot move single tokens")
     if not any(layer.stores and layer.window is None for layer in geometry.layers):

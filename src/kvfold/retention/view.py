@@ -49,7 +49,8 @@ class LayerFacts:
 class LayerView:
     """See the module. ``parts`` gives all pages, in order of columns; ``fresh``: keys and values ``[T, H, D]`` of
     tokens that come behind them and are in no page yet. ``candidates``: the columns that may be dropped. ``latent``:
-    whether the layer keeps latents (see `LayerFacts`).
+    whether the layer keeps latents (see `LayerFacts`). ``whole``: whether nothing has been dropped so far, so that a
+    column's number is its position.
     """
 
     def __init__(
@@ -62,8 +63,10 @@ class LayerView:
         fresh: tuple[Tensor, Tensor] | None = None,
         *,
         latent: bool = False,
+        whole: bool = True,
     ) -> None:
         self.layer = layer
+        self.whole = whole
         self.candidates = candidates
         self._in_group = layer_in_group
         self._give_parts = parts
@@ -126,15 +129,17 @@ class LayerView:
         """Attention weights ``[G, W, n]``, float32, of ``q [W, Hq, D]`` on the columns ``among``, KV head by KV head.
 
         Without ``own``, the queries are those of the latest ``W`` columns, and see what came before and themselves.
-        ``own [W, H, D]``: keys of queries that come behind all columns; what they give to those of ``own`` before them
-        and to themselves is part of their softmax, and left out here. Sinks' logits take their part too.
+        ``own [N, H, D]``: keys of tokens that come behind all columns, of which the queries are the latest ``W``; what
+        they give to those before them and to themselves is part of their softmax, and left out here. Sinks' logits take
+        their part too.
         """
         facts, width = self.facts, q.shape[0]
         hidden = ~self.shown[:, among]
         bias, keys = self.bias[:, among].masked_fill(hidden, -torch.inf), self.keys(among)
         count, heads = keys.shape[1], keys.shape[0]
         rows = q.float().unflatten(1, (heads, -1)).permute(1, 2, 0, 3)  # [H, G, W, D]
-        late = torch.ones(width, width, dtype=torch.bool, device=q.device).triu(1)
+        fresh = width if own is None else own.shape[0]
+        late = torch.ones(width, fresh, dtype=torch.bool, device=q.device).triu(fresh - width + 1)
         for head in range(heads):
             scores = self._scores(rows[head], keys[head]) + bias[head]
             if own is None:

@@ -11,7 +11,7 @@ from kvfold.errors import RequestError
 from kvfold.quality.tasks.samples import make_sample
 from kvfold.quality.tasks.text import is_heldout_file, library_files, real_text
 
-__all__ = ["calibration_passages"]
+__all__ = ["calibration_passages", "task_passages"]
 
 _TASKS = ("kv", "niah_multiquery", "vt", "copy", "niah_multikey")
 
@@ -25,7 +25,7 @@ def calibration_passages(
     up in, in equal parts. RequestError for a text shorter than a passage.
     """
     count = max(1, tokens // length)
-    encode: Callable[[str], list[int]] = lambda part: list(tokenizer.encode(part, add_special_tokens=False))  # noqa: E731
+    encode = _encoder(tokenizer)
     if text is not None:
         return _with_halves(_windows(encode(text), count, length))
     sources = [source for name, source in library_files() if not is_heldout_file(name)]
@@ -35,9 +35,20 @@ def calibration_passages(
     wanted = 10 * length * third
     prose = _windows(encode(real_text()[: 4 * wanted]), third, length)
     code = _windows(encode("\n\n".join(sources)[: 4 * wanted]), third, length)
-    asked = [_question(tokenizer, encode, i, length, seed) for i in range(third)]
+    asked = task_passages(tokenizer, count=third, length=length, seed=seed)
     # Taken in turns, so that any number of passages is as mixed as it can be.
     return _with_halves([passage for group in zip(code, asked, prose, strict=True) for passage in group][:count])
+
+
+def _encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
+    return lambda part: list(tokenizer.encode(part, add_special_tokens=False, verbose=False))
+
+
+def task_passages(tokenizer: PreTrainedTokenizerBase, *, count: int, length: int, seed: int) -> list[list[int]]:
+    """``count`` texts of about ``length`` tokens to look things up in, with a question and its answer; none of the keys
+    that evaluations use.
+    """
+    return [_question(tokenizer, i, length, seed) for i in range(count)]
 
 
 def _windows(ids: list[int], count: int, length: int) -> list[list[int]]:
@@ -60,9 +71,8 @@ def _with_halves(passages: list[list[int]]) -> list[list[int]]:
     return out
 
 
-def _question(
-    tokenizer: PreTrainedTokenizerBase, encode: Callable[[str], list[int]], index: int, length: int, seed: int
-) -> list[int]:
+def _question(tokenizer: PreTrainedTokenizerBase, index: int, length: int, seed: int) -> list[int]:
+    encode = _encoder(tokenizer)
     sample = make_sample(
         _TASKS[index % len(_TASKS)], seed * 1000 + index, length - 16, lambda part: len(encode(part)), split="train"
     )

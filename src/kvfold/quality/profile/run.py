@@ -99,7 +99,7 @@ def profile_model(
         stored=[layer.index for layer in geometry.layers if layer.stores],
         errors=errors,
         retrieval=retrieval,
-        suggestion=suggest(plan.recipe, layers, retrieval),
+        suggestion=suggest(plan.recipe, layers, retrieval, context),
         versions=versions(),
         hardware=hardware(model.device),
     )

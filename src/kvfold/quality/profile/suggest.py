@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
+from kvfold.formats import sealed_until, sink_blocks
 from kvfold.quality.profile.results import LEVELS, LayerProfile, Retrieval, Suggestion
+from kvfold.recipe import Recipe
 
 __all__ = ["ANSWERED", "suggest"]
 
@@ -23,9 +25,11 @@ _MOST: Final = 0.75
 _STEP: Final = 0.05
 
 
-def suggest(recipe: str, layers: Sequence[LayerProfile], retrieval: Retrieval | None) -> Suggestion:
-    """``recipe`` with the retention that what was measured speaks for; alone if none does."""
-    if retrieval is not None and (found := _heads(recipe, retrieval)) is not None:
+def suggest(recipe: str, layers: Sequence[LayerProfile], retrieval: Retrieval | None, tokens: int) -> Suggestion:
+    """``recipe`` with the retention that what was measured speaks for, of contexts of ``tokens`` tokens; alone if none
+    does.
+    """
+    if retrieval is not None and (found := _heads(recipe, retrieval, tokens)) is not None:
         return found
     level = f"{LEVELS[0]:g}"
     budgets = [budget for layer in layers if layer.window is None for budget in layer.budgets[level]]
@@ -35,7 +39,7 @@ def suggest(recipe: str, layers: Sequence[LayerProfile], retrieval: Retrieval | 
     return Suggestion(recipe, "attention is spread over so many tokens that dropping some would cost quality")
 
 
-def _heads(recipe: str, retrieval: Retrieval) -> Suggestion | None:
+def _heads(recipe: str, retrieval: Retrieval, tokens: int) -> Suggestion | None:
     """Streaming heads, if the model keeps its answers and its text with few enough full ones."""
     whole = retrieval.checks[-1]
     if whole.answers < ANSWERED:
@@ -45,7 +49,7 @@ def _heads(recipe: str, retrieval: Retrieval) -> Suggestion | None:
         if check.answers < whole.answers - _ANSWERS_LOST or check.kl > _KL:
             break
         enough = check
-    keep = _rounded(enough.share)
+    keep = _rounded(_tokens_kept(recipe, enough.share, tokens))
     if keep > _MOST:
         return None
     why = (
@@ -54,6 +58,16 @@ def _heads(recipe: str, retrieval: Retrieval) -> Suggestion | None:
         f"{enough.kl:.2g} nats"
     )
     return Suggestion(f"{recipe}+duo(keep={keep:g})", why)
+
+
+def _tokens_kept(recipe: str, heads: float, tokens: int) -> float:
+    """The share of a context's tokens that all heads together keep if this share of heads keeps all: the others still
+    have the blocks of the sinks and of the recent tokens.
+    """
+    parsed = Recipe.parse(recipe)
+    size = parsed.block_size
+    first, end = sink_blocks(parsed.sinks, size), sealed_until(tokens, size, parsed.sinks, parsed.recent)
+    return 1 - (1 - heads) * max(0, end - first) * size / tokens
 
 
 def _rounded(share: float) -> float:

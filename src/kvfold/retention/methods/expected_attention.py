@@ -41,6 +41,7 @@ class ExpectedAttention(RetentionMethod):
     ahead: int = 512
     epsilon: float = 0.02
 
+    watches: ClassVar[int | None] = None
     wants_hidden: ClassVar[bool] = True
     watches: ClassVar[int | None] = None
 
