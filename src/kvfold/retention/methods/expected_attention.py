@@ -43,7 +43,6 @@ class ExpectedAttention(RetentionMethod):
 
     watches: ClassVar[int | None] = None
     wants_hidden: ClassVar[bool] = True
-    watches: ClassVar[int | None] = None
 
     def __post_init__(self) -> None:
         if self.ahead < 1 or self.epsilon < 0:
