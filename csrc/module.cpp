@@ -13,6 +13,7 @@
 
 namespace nb = nanobind;
 
+void bind_bounds(nb::module_& m);   // bind_bounds.cpp
 void bind_threads(nb::module_& m);  // bind_threads.cpp
 
 namespace {
@@ -179,5 +180,6 @@ NB_MODULE(_native, m) {
     m.def("attend_pages", &attend_pages, "Attention over pages; see kvfold.kernels.cpu.attend.");
     m.def("variants", &variant_names, "Names of the builds of the kernel that this processor can run, best first.");
     bind_store(m);
+    bind_bounds(m);
     bind_threads(m);
 }

@@ -17,6 +17,7 @@ from torch import Tensor
 from kvfold.attention.pieces import StateWalk
 from kvfold.attention.prefill import FEW_TOKENS
 from kvfold.attention.rows import FewRows, PrefillRows
+from kvfold.attention.selected import Selected
 from kvfold.attention.tables import (
     Blocks,
     DecodeTables,
@@ -27,6 +28,7 @@ from kvfold.attention.tables import (
     place_rows,
 )
 from kvfold.codecs.pages import ArenaMemory, PageStore, copy_blocks, seal, unseal, zero_blocks
+from kvfold.codecs.summaries import summarise
 from kvfold.errors import UnsupportedError
 from kvfold.formats import TABLE_ENTRY_BYTES
 from kvfold.geometry import Geometry, LayerGroup
@@ -35,6 +37,8 @@ from kvfold.memory.manager import CacheManager, GroupSpec, Reservation
 from kvfold.recipe import Recipe
 from kvfold.retainer import Retainer
 from kvfold.retention.build import build_method, refusals
+from kvfold.retrieval.build import build_retrieval, retrieval_refusals
+from kvfold.retriever import Retriever, whole_blocks
 from kvfold.step import GroupStep, SequenceWork, Step, StepLayers
 
 __all__ = ["PagedCache", "SequenceWork", "Step", "group_spec"]
@@ -64,7 +68,7 @@ class PagedCache:
         prefix_caching: bool = True,
         window_margin: int = 0,
     ) -> None:
-        reasons = recipe.supports(geometry) + refusals(recipe, geometry)
+        reasons = recipe.supports(geometry) + refusals(recipe, geometry) + retrieval_refusals(recipe, geometry)
         if reasons:
             raise UnsupportedError(f"recipe {recipe} on {geometry.model_type}", reasons)
         self.geometry = geometry
@@ -95,6 +99,9 @@ class PagedCache:
             self.retainer = Retainer(
                 method, self.groups, self._pages, self.manager, self._sequence_pages, self._follow_growth
             )
+        self.retriever: Retriever | None = None
+        if recipe.retrieval is not None:
+            self.retriever = Retriever(build_retrieval(recipe.retrieval), self.groups, self._pages)
         self._known: list[dict[int, tuple[int, SequencePages]]] = [{} for _ in self.groups]
         self._decode_tables: list[tuple[_DecodeKey, DecodeTables] | None] = [None] * len(self.groups)
 
@@ -202,7 +209,9 @@ class PagedCache:
             self.manager.rollback(reservation)
 
     def _encode(self, reservations: Sequence[Reservation]) -> None:
-        """Fills the packed blocks of everything that the commit of ``reservations`` seals."""
+        """Fills the packed blocks of everything that the commit of ``reservations`` seals, and writes the bounds of
+        pages that have become whole.
+        """
         raw_of: list[dict[int, int]] = [{} for _ in self.groups]
         for reservation in reservations:
             for job in self.manager.coming_seals(reservation):
@@ -212,6 +221,10 @@ class PagedCache:
             if jobs and pages.packed is not None:
                 raw = self._pages_of(g, pages.raw, "raw", list(jobs.values()))
                 seal(pages.raw, raw, pages.packed, self._pages_of(g, pages.packed, "packed", list(jobs)))
+            store, state = pages.kept_store, "raw" if pages.packed is None else "packed"
+            if store.fmt.summary_dims:
+                whole = [*jobs, *whole_blocks(reservations, g, state, self.recipe.block_size)]
+                summarise(store, self._pages_of(g, store, state, whole))
 
     def _follow_growth(self) -> None:
         """Moves the pages to a larger allocation after the books' arena has grown."""
@@ -228,6 +241,8 @@ class PagedCache:
                 if pages.packed is not None:
                     pages.packed.rebind(larger)
         self._decode_tables = [None] * len(self.groups)
+        if self.retriever is not None:
+            self.retriever.forget()
 
     def _pages_of(self, g: int, store: PageStore, state: str, ids: Sequence[int]) -> Tensor:
         """Addresses ``[n * layers * Hkv]`` of all pages of some blocks."""
@@ -300,24 +315,33 @@ class PagedCache:
         A single new token is read from its page, like everything before it; several attend each other beside the pages.
         """
         starts = np.asarray([r.start for _, r in members])
+        selected = None
         if queries == 1:
-            walks = self._decode_walks(g, [r.seq for _, r in members], starts)
+            walks, selected = self._decode_walks(g, [r.seq for _, r in members], starts)
         else:
             sequences = [self._sequence_pages(g, r.seq).before(r.start) for _, r in members]
             walks = DecodeTables(self._pages[g], sequences, queries).at(starts - 1)
         if queries * len(members) == total:
-            return FewRows(None, queries, walks)
+            return FewRows(None, queries, walks, selected)
         rows = np.asarray([first for first, _ in members])[:, None] + np.arange(queries)
-        return FewRows(torch.from_numpy(rows.reshape(-1)).to(self.device), queries, walks)
+        return FewRows(torch.from_numpy(rows.reshape(-1)).to(self.device), queries, walks, selected)
 
-    def _decode_walks(self, g: int, sequences: Sequence[int], positions: np.ndarray) -> tuple[StateWalk, ...]:
-        """The walks of sequences with one new token each, from the tables of the step before if no block changed."""
+    def _decode_walks(
+        self, g: int, sequences: Sequence[int], positions: np.ndarray
+    ) -> tuple[tuple[StateWalk, ...], Selected | None]:
+        """The walks of sequences with one new token each, from the tables of the step before if no block changed, and
+        how retrieval has them read less.
+        """
         key = tuple((seq, self.manager.table_version(seq)) for seq in sequences)
         cached = self._decode_tables[g]
         if cached is None or cached[0] != key:
             tables = DecodeTables(self._pages[g], [self._sequence_pages(g, seq) for seq in sequences])
             cached = self._decode_tables[g] = (key, tables)
-        return cached[1].at(positions)
+        selected = None
+        if self.retriever is not None:
+            pages = [self._sequence_pages(g, seq) for seq in sequences]
+            selected = self.retriever.selected(g, key, pages, positions)
+        return cached[1].at(positions), selected
 
     def _writes(self, g: int, reservations: Sequence[Reservation], total: int) -> list[RowWrite]:
         """Where each new token of the step goes in this group; tokens that a window has already passed go nowhere."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kvfold.errors import RecipeError
@@ -60,6 +60,22 @@ class Clause:
     def option_map(self) -> Mapping[str, Value]:
         """The options by name."""
         return dict(self.options)
+
+    def typed(self, known: Mapping[str, str], also: Sequence[str] = ()) -> dict[str, int | float]:
+        """The options by name, as numbers of the ``known`` types (``"int"``, ``"float"``). RecipeError for an option
+        that is not known (``also``: others that are, for its hint) and for what is no such number.
+        """
+        values: dict[str, int | float] = {}
+        for name, value in self.options:
+            if name not in known:
+                hint = "known: " + (", ".join([*also, *known]) or "none")
+                raise RecipeError(f"bad recipe clause {self}", why=f"unknown option {name!r}", hint=hint)
+            whole = known[name] == "int"
+            if isinstance(value, str) or (whole and not isinstance(value, int)):
+                kind = "a whole number" if whole else "a number"
+                raise RecipeError(f"bad recipe clause {self}", why=f"{name} is {kind}, not {value!r}")
+            values[name] = value if whole else float(value) if known[name] == "float" else value
+        return values
 
 
 def _parts(text: str) -> list[str]:

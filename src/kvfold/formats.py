@@ -5,9 +5,10 @@ the memory manager that allocates blocks and the planner that predicts bytes bot
 
 A page, in bytes (each region padded to 16, the page to 64)::
 
-    [K codes  S x k.code_bytes][K meta  S x k.groups x (scale, zero) bf16][V codes][V meta]
+    [K codes  S x k.code_bytes][K meta  S x k.groups x (scale, zero) bf16][V codes][V meta][summary]
 
-With scales of channels, the meta of a page is a row of scales and a row of zeros, ``2 x D'`` bf16.
+With scales of channels, the meta of a page is a row of scales and a row of zeros, ``2 x D'`` bf16. The summary is there
+for retrieval only: the least and the greatest number of each channel of the keys, ``2 x D`` bf16.
 
 Codes of one token: 8 bits, one byte a dim; 4 bits, byte ``j`` holds dim ``j`` (low nibble) and dim ``j + D'/2``; 2
 bits, byte ``j`` holds dims ``j, j + D'/4, j + 2D'/4, j + 3D'/4`` from low to high bits (``D' = stored_dim``).
@@ -20,7 +21,7 @@ meta is one byte a token.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import ClassVar, Final, Literal, NamedTuple
 
@@ -57,6 +58,7 @@ TABLE_ENTRY_BYTES: Final = 8
 """What the block table spends on each live block of a sequence."""
 
 _META_BYTES: Final = 4  # scale and zero of one group of dims, bf16 each
+_SUMMARY_BYTES: Final = 4  # least and greatest of one channel, bf16 each
 _QUANTIZED_BITS: Final = (2, 4, 8)
 _RAW_BITS: Final = (8, 16, 32, 64)
 
@@ -186,15 +188,22 @@ class BandFormat:
 
 @dataclass(frozen=True, slots=True)
 class PageFormat:
-    """The layout of a page: ``block_size`` tokens of one KV head in one layer, keys then values."""
+    """The layout of a page: ``block_size`` tokens of one KV head in one layer, keys then values.
+
+    ``summary_dims``: width of the keys, in the model's basis, whose bounds the page carries for retrieval (of latent
+    pages: of both regions side by side); 0: it carries none, and takes no byte for it.
+    """
 
     block_size: int
     k: VectorFormat | BandFormat
     v: VectorFormat | BandFormat
+    summary_dims: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
             raise ValueError(f"block_size must be positive, got {self.block_size}")
+        if self.summary_dims not in (0, self.k.dim, self.k.dim + self.v.dim):
+            raise ValueError(f"a summary has the dims of keys, {self.k.dim}, got {self.summary_dims}")
 
     @property
     def k_codes_offset(self) -> int:
@@ -222,9 +231,19 @@ class PageFormat:
         return self.k.movable and self.v.movable
 
     @property
+    def summary_offset(self) -> int:
+        """Byte offset of the bounds of the keys' channels, ``[2, summary_dims]`` bf16: the least, the greatest."""
+        return self.v_meta_offset + _align(self.v.page_meta_bytes(self.block_size), REGION_ALIGN)
+
+    @property
+    def summary_bytes(self) -> int:
+        """Bytes of the bounds of the keys' channels."""
+        return _SUMMARY_BYTES * self.summary_dims
+
+    @property
     def page_bytes(self) -> int:
         """Bytes of the whole page, a multiple of 64."""
-        return _align(self.v_meta_offset + _align(self.v.page_meta_bytes(self.block_size), REGION_ALIGN), PAGE_ALIGN)
+        return _align(self.summary_offset + _align(self.summary_bytes, REGION_ALIGN), PAGE_ALIGN)
 
 
 def sink_blocks(sinks: int, block_size: int) -> int:

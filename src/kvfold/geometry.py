@@ -153,6 +153,7 @@ class Geometry:
         for name, (members, packed) in self._alike(recipe, dtype_bytes).items():
             first = members[0]
             raw = VectorFormat.raw(first.k_dim, dtype_bytes), VectorFormat.raw(first.v_dim, dtype_bytes)
+            bounds = _summary_dims(first, recipe)
             group = LayerGroup(
                 name=name,
                 layers=tuple(layer.index for layer in members),
@@ -161,8 +162,9 @@ class Geometry:
                 k_dim=first.k_dim,
                 v_dim=first.v_dim,
                 window=first.window,
-                raw=PageFormat(recipe.block_size, *raw),
-                packed=None if recipe.is_raw else PageFormat(recipe.block_size, *packed),
+                # Pages that stay raw beside packed ones are always read.
+                raw=PageFormat(recipe.block_size, *raw, summary_dims=bounds if recipe.is_raw else 0),
+                packed=None if recipe.is_raw else PageFormat(recipe.block_size, *packed, summary_dims=bounds),
                 sinks=recipe.sinks,
                 recent=recipe.recent,
             )
@@ -215,6 +217,13 @@ class Geometry:
 
 
 _Packed = tuple[VectorFormat | BandFormat, VectorFormat | BandFormat]
+
+
+def _summary_dims(layer: LayerGeometry, recipe: Recipe) -> int:
+    """Channels whose bounds the pages of a layer carry: those of its keys, if there is a past to retrieve from."""
+    if recipe.retrieval is None or layer.window is not None:
+        return 0
+    return layer.k_dim + layer.v_dim if layer.kind == "latent" else layer.k_dim
 
 
 def _packed_formats(layers: Sequence[LayerGeometry], recipe: Recipe, dtype_bytes: int) -> dict[int, _Packed]:

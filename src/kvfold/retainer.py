@@ -18,6 +18,7 @@ from kvfold.attention.kept import KeptPages
 from kvfold.attention.pieces import LayerCall
 from kvfold.attention.tables import Blocks, GroupPages, SequencePages
 from kvfold.codecs.pages import PageStore
+from kvfold.codecs.summaries import summarise
 from kvfold.geometry import LayerGroup
 from kvfold.memory.manager import CacheManager, Keeping
 from kvfold.retention.method import Notes, RetentionMethod, Seen
@@ -257,6 +258,8 @@ class Retainer:
                 write_merged(store, i, lists[i], kept, merged)
                 biases.append(merged.bias[kept >= 0])
             self._move(view, kept, lists[i], None if merged is None else ~merged.fresh)
+            if store.fmt.summary_dims:
+                summarise(store, lists[i].T.reshape(-1), i)
             after[view.layer] = Notes(dict(note.values), _carried(note.per_token, view, kept, int(counts.max()) * size))
             view.forget()
         flat = torch.from_numpy(addr[there]).to(device)

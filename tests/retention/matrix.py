@@ -18,6 +18,7 @@ from kvfold.engine import Engine, SamplingParams
 from kvfold.errors import UnsupportedError
 from kvfold.geometry import Geometry
 from kvfold.recipe import known_methods
+from kvfold.retention.scorer import Scorer, TokenMap
 from tests.conformance.families import VOCAB, build_model, tiny_config
 
 __all__ = ["FAMILIES", "LAWS", "WORDS", "Verdict", "judge", "methods"]
@@ -89,6 +90,14 @@ def _file(word: str, family: str, folder: Path) -> Path:
         gates = {str(x.index): [(x.index + head) % 3 / 2 for head in range(x.kv_heads)] for x in full}
         data = {"format": "kvfold-gates", "version": 1, "model_type": geometry.model_type, "gates": gates}
         path.write_text(json.dumps(data | {"sinks": 4, "recent": 8}), encoding="utf-8")
+    else:
+        full = [layer for layer in geometry.layers if layer.stores and layer.window is None]
+        drawn = torch.Generator().manual_seed(0)
+        maps = {
+            x.index: TokenMap(torch.randn(x.kv_heads, geometry.hidden, generator=drawn), torch.zeros(x.kv_heads))
+            for x in full
+        }
+        Scorer(str(path), geometry.model_type, maps).save(torch.float32, {})
     return path
 
 

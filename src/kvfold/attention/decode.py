@@ -13,7 +13,7 @@ from kvfold.kernels.merge import Piece, merge
 from kvfold.kernels.pages import HIDDEN, PagesCall
 from kvfold.kernels.registry import OpRegistry
 
-__all__ = ["attend_decode"]
+__all__ = ["attend_decode", "attend_piece"]
 
 
 def attend_decode(
@@ -40,13 +40,13 @@ def _attend_state(q: Tensor, layer_in_group: int, walk: StateWalk, call: LayerCa
     """Rotated queries over all pages of a state; what has no page there is left with nothing seen."""
     total: Piece | None = None
     for piece in walk.own:
-        found = _attend_piece(q, layer_in_group, piece, call, registry)
+        found = attend_piece(q, layer_in_group, piece, call, registry)
         if piece.rows is None:
             total = found
         else:
             total = _put(total or _nothing_seen(q, found), piece.rows, found)
     for piece in (*walk.shared, *walk.kept):
-        found = _attend_piece(q, layer_in_group, piece, call, registry)
+        found = attend_piece(q, layer_in_group, piece, call, registry)
         if piece.rows is None:
             total = found if total is None else merge([total, found])
         else:
@@ -67,8 +67,10 @@ def _put(total: Piece, rows: Tensor, part: Piece) -> Piece:
     return total[0].index_copy_(0, rows, part[0]), total[1].index_copy_(0, rows, part[1])
 
 
-def _attend_piece(q: Tensor, layer_in_group: int, piece: PagePiece, call: LayerCall, registry: OpRegistry) -> Piece:
-    """The queries of a piece, of all queries ``q [m, Hq, D]``, over its pages."""
+def attend_piece(q: Tensor, layer_in_group: int, piece: PagePiece, call: LayerCall, registry: OpRegistry) -> Piece:
+    """The queries of a piece, of all (rotated) queries ``q [m, Hq, D]``, over its pages: ``o [n, Hq, Dv]`` in the basis
+    of the stored values, ``lse [n, Hq]``.
+    """
     if piece.rows is not None:
         q = q.index_select(0, piece.rows)
     (count, q_heads, dim), lists, kv_heads = q.shape, piece.lists, piece.kv_heads

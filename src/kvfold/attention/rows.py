@@ -11,6 +11,7 @@ from torch import Tensor
 from kvfold.attention.decode import attend_decode
 from kvfold.attention.pieces import LayerCall, StateWalk
 from kvfold.attention.prefill import Past, attend_fresh, attend_prefill
+from kvfold.attention.selected import Selected, attend_selected
 from kvfold.kernels.merge import Piece, merge, with_sinks
 from kvfold.kernels.registry import OpRegistry
 
@@ -22,12 +23,13 @@ class FewRows:
     """Sequences with the same few new tokens each, ``queries``: ``rows`` of the step (None: all, in order).
 
     A single new token is read from its page, like everything before it; several attend each other beside the pages of
-    the past.
+    the past. ``selected``: how single tokens read few pages of many; None: they read all.
     """
 
     rows: Tensor | None
     queries: int
     walks: tuple[StateWalk, ...]
+    selected: Selected | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,8 @@ def _attend_few(
     if few.rows is not None:
         q = q.index_select(0, few.rows)
     wide = call.latent.query(q) if call.latent is not None else q
+    if few.selected is not None and layer_in_group >= few.selected.first_layer:
+        return attend_selected(wide, layer_in_group, few.selected, few.walks, call, registry)
     piece = attend_decode(wide, layer_in_group, few.walks, call, registry)
     if few.queries == 1:
         return piece

@@ -28,8 +28,7 @@ __all__ = [
     "write_json",
 ]
 
-# `;`, or a comma outside of brackets (in which brackets may be) that no option follows.
-_BETWEEN_RECIPES = re.compile(r";|,(?!\s*\w+\s*=)(?![^()]*(?:\([^()]*\)[^()]*)*\))")
+_OPTION_FOLLOWS = re.compile(r"\s*\w+\s*=")
 _ESTIMATE_SECONDS = 3600.0  # units of work differ in length, so that only a long look back tells the speed
 
 
@@ -66,7 +65,12 @@ def parse_recipe_list(text: str) -> list[str]:
 
     They are separated by ``;``, or by commas: those in brackets, and those before ``option=value``, belong to a recipe.
     """
-    recipes = [part.strip() for part in _BETWEEN_RECIPES.split(text)]
+    recipes, depth = [""], 0
+    for at, sign in enumerate(text):
+        depth += (sign == "(") - (sign == ")")
+        between = depth <= 0 and (sign == ";" or (sign == "," and not _OPTION_FOLLOWS.match(text, at + 1)))
+        recipes[-1:] = [recipes[-1], ""] if between else [recipes[-1] + sign]
+    recipes = [recipe.strip() for recipe in recipes]
     for recipe in recipes:
         Recipe.parse(recipe)
     return recipes

@@ -102,6 +102,12 @@ class PageStore:
         """Pages ``addr [P]`` in the original basis and the model's dtype: ``k [P, S, Dk]``, ``v [P, S, Dv]``."""
         return self._pages.decode_pages(addr, layer)
 
+    def decode_keys(self, addr: Tensor, layer: int | None = None, *, values: bool = False) -> Tensor:
+        """Keys of pages ``addr [P]`` in the original basis, float32 ``[P, S, Dk]``; with ``values`` these stand behind
+        them, ``[P, S, Dk + Dv]``.
+        """
+        return self._pages.decode_keys(addr, layer, values=values)
+
     def copy_rows(self, src_addr: Tensor, src_slot: Tensor, dst_addr: Tensor, dst_slot: Tensor) -> None:
         """Copy the stored bytes of tokens (all ``[N]``) from slot to slot, bit for bit; nothing is encoded again.
 

@@ -224,6 +224,15 @@ class PlainPages:
         """See `PageStore`."""
         return self.k.decode(addr, self.dtype, layer), self.v.decode(addr, self.dtype, layer)
 
+    def decode_keys(self, addr: Tensor, layer: int | None, *, values: bool) -> Tensor:
+        """See `PageStore`."""
+        # A raw side is read as the numbers it holds.
+        decoded = [
+            side.decode(addr, torch.float32 if side.fmt.quantized else self.dtype, layer).float()
+            for side in ((self.k, self.v) if values else (self.k,))
+        ]
+        return torch.cat(decoded, dim=-1) if values else decoded[0]
+
     def copy_rows(self, src_addr: Tensor, src_slot: Tensor, dst_addr: Tensor, dst_slot: Tensor) -> None:
         """See `PageStore`."""
         self.k.copy_rows((src_addr, src_slot), (dst_addr, dst_slot))

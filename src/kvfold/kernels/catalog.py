@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from kvfold.kernels import cpu, triton
+from kvfold.kernels import bounds, cpu, triton
+from kvfold.kernels.bounds import BoundsCall
+from kvfold.kernels.cpu import retrieval
 from kvfold.kernels.cpu.threads import thread_count
 from kvfold.kernels.dense import dense_registry
 from kvfold.kernels.pages import PagesCall, unpack_with
-from kvfold.kernels.reference import paged_attend
+from kvfold.kernels.reference import best_pages, page_bounds, paged_attend
 from kvfold.kernels.registry import OpRegistry
 
 __all__ = ["RAW_ROWS", "full_registry"]
@@ -19,13 +21,23 @@ more.
 
 
 def full_registry() -> OpRegistry:
-    """A registry that knows ``attend_dense`` and ``attend_pages``. KVFoldError if ``KVFOLD_THREADS`` makes no sense."""
+    """A registry that knows ``attend_dense``, ``attend_pages``, ``bound_pages`` and ``choose_pages``. KVFoldError
+    if ``KVFOLD_THREADS`` makes no sense.
+    """
     thread_count()  # refused here rather than in the middle of a step
     registry = dense_registry()
     registry.register_reference("attend_pages", paged_attend)
     registry.register("attend_pages", "native", _native_refuses, cpu.attend, priority=10)
     registry.register("attend_pages", "triton", triton.refuses, triton.attend, priority=10)
     registry.register("attend_pages", "unpack", _runs_anywhere, unpack_with(registry), priority=0)
+    registry.register_reference("bound_pages", page_bounds)
+    registry.register_reference("choose_pages", best_pages)
+    for op, native, plain in (
+        ("bound_pages", retrieval.bound, bounds.bound),
+        ("choose_pages", retrieval.choose, bounds.choose),
+    ):
+        registry.register(op, "native", retrieval.refuses, native, priority=10)
+        registry.register(op, "torch", _runs_anywhere, plain, priority=0)
     return registry
 
 
@@ -36,5 +48,5 @@ def _native_refuses(call: PagesCall) -> str | None:
     return reason
 
 
-def _runs_anywhere(call: PagesCall) -> str | None:
+def _runs_anywhere(call: PagesCall | BoundsCall) -> str | None:
     return None

@@ -8,7 +8,7 @@ from typing import Required, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-__all__ = ["Rules", "attend", "gather_pages", "paged_attend", "visible"]
+__all__ = ["Rules", "attend", "best_pages", "gather_pages", "page_bounds", "paged_attend", "visible"]
 
 
 class Rules(TypedDict, total=False):
@@ -125,3 +125,18 @@ def paged_attend(
     k, v = (gather_pages(pages, table)[in_use] for pages in (k_pages, v_pages))
     bias = None if bias is None else bias.flatten()[in_use]
     return attend(q, k, v, q_pos=q_pos, k_pos=k_pos[in_use], bias=bias, **rules)
+
+
+def page_bounds(q: Tensor, least: Tensor, greatest: Tensor) -> Tensor:
+    """What ``q [..., G, D]`` give any key between ``least`` and ``greatest [..., P, D]`` at most, the greatest of the
+    ``G``: ``[..., P]``.
+    """
+    rows = q.float().unsqueeze(-3)
+    ends = (rows * x.float().unsqueeze(-2) for x in (least, greatest))
+    return torch.maximum(*ends).sum(-1).amax(-1)
+
+
+def best_pages(bounds: Tensor, count: int) -> Tensor:
+    """The places of the ``count`` greatest of ``bounds [P]``, rising; of equal ones the first."""
+    order = sorted(range(bounds.numel()), key=lambda i: (-float(bounds[i]), i))
+    return torch.tensor(sorted(order[:count]), dtype=torch.int64)

@@ -51,7 +51,7 @@ def build_method(clause: Clause) -> RetentionMethod:
     kind = _method_class(clause.name)
     known: list[Field[Any]] = list(fields(kind)) if is_dataclass(kind) else []  # type: ignore[redundant-expr]
     positional = [field for field in known if _holds_clause(field)]
-    options = {field.name: field for field in known if not _holds_clause(field)}
+    options = {field.name: str(field.type) for field in known if not _holds_clause(field)}
     if len(clause.inner) > len(positional):
         takes = f"{len(positional)} in its brackets" if positional else "nothing but options"
         raise RecipeError(f"bad recipe clause {clause}", why=f"{clause.name} takes {takes}")
@@ -62,13 +62,7 @@ def build_method(clause: Clause) -> RetentionMethod:
         if field.default is MISSING and field.default_factory is MISSING:
             why = f"{clause.name} builds on another method"
             raise RecipeError(f"bad recipe clause {clause}", why=why, hint=f"write {clause.name}(snapkv,keep=0.25)")
-    for name, value in clause.options:
-        if name not in options:
-            known_options = ", ".join(["keep", "budget", "every", "chunk", *options])
-            raise RecipeError(
-                f"bad recipe clause {clause}", why=f"unknown option {name!r}", hint=f"known: {known_options}"
-            )
-        values[name] = _converted(clause, options[name], value)
+    values |= clause.typed(options, also=("keep", "budget", "every", "chunk"))
     try:
         return kind(**values)
     except ValueError as error:
@@ -89,11 +83,3 @@ def _method_class(name: str) -> type[RetentionMethod]:
 
 def _holds_clause(field: Field[Any]) -> bool:
     return field.type in ("RetentionMethod", "str")
-
-
-def _converted(clause: Clause, field: Field[Any], value: int | float | str) -> int | float:
-    """``value`` as the field wants it, a whole number or any."""
-    if isinstance(value, str) or (field.type == "int" and not isinstance(value, int)):
-        kind = "a whole number" if field.type == "int" else "a number"
-        raise RecipeError(f"bad recipe clause {clause}", why=f"{field.name} is {kind}, not {value!r}")
-    return float(value) if field.type == "float" else value

@@ -95,8 +95,6 @@ class RetentionMethod(ABC):
     """
     replays: ClassVar[bool] = False
     """Whether the context is to be repeated to the model before it is scored (see `Seen.replay`)."""
-    sees_all: ClassVar[bool] = False
-    """Whether `observe` must have seen every token: a sequence then takes no blocks that others have filled."""
     merges: ClassVar[bool] = False
     """Whether `merge` gives anything: kept tokens then have logit biases."""
 
@@ -156,11 +154,6 @@ class Composed(RetentionMethod):
     def replays(self) -> bool:  # type: ignore[override]
         """As the inner one."""
         return self.inner.replays
-
-    @property
-    def sees_all(self) -> bool:  # type: ignore[override]
-        """As the inner one."""
-        return self.inner.sees_all
 
     @property
     def merges(self) -> bool:  # type: ignore[override]

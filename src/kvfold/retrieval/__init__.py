@@ -1,1 +1,1 @@
-"""Which pages a step reads of those that are kept: summaries of pages, and selection by them."""
+"""Which pages a step reads: methods that choose among those that are kept."""

@@ -228,6 +228,17 @@ class NativePages:
         self._read(addr, _dense(k, 0, 1), _dense(v, 0, 1), layer)
         return k, v
 
+    def decode_keys(self, addr: Tensor, layer: int | None, *, values: bool) -> Tensor:
+        """See `PageStore`."""
+        shape = (addr.numel(), self._fmt.block_size)
+        # A raw side is read as the numbers it holds.
+        k, v = (
+            torch.empty((*shape, side.dim), dtype=torch.float32 if side.quantized else self._dtype)
+            for side in (self._fmt.k, self._fmt.v)
+        )
+        self._read(addr, _dense(k, 0, 1), _dense(v, 0, 1) if values else _NOTHING, layer)
+        return torch.cat((k.float(), v.float()), dim=-1) if values else k.float()
+
     def recode(self, addr: Tensor, target: NativePages, target_addr: Tensor) -> None:
         """Whole blocks into the pages ``target_addr`` of ``target``; of each side, one end is raw."""
         source, goal = _table(addr), _table(target_addr)

@@ -37,7 +37,6 @@ class Learned(RetentionMethod):
 
     watches: ClassVar[int | None] = None
     wants_hidden: ClassVar[bool] = True
-    sees_all: ClassVar[bool] = True
 
     def refusals(self, geometry: Geometry) -> list[str]:
         """That there is no scorer, or that it is of another model."""

@@ -1,1 +1,3 @@
-"""Retrieval methods, one file each, found by their recipe word: the name of the file."""
+"""Retrieval methods, one file each, found by their recipe word: the name of the file. See
+:mod:`kvfold.retrieval.method`.
+"""
