@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvfold.retention.dealing import deal_by_score
 from kvfold.retention.method import Composed
 
 __all__ = ["AdaKV"]
@@ -37,17 +38,9 @@ class AdaKV(Composed):
         """Pages by worth."""
         totals = self.inner.deal(scores, pages, size, layers).sum(1).tolist()
         over = (pages - sum(totals)) // len(totals)
-        return torch.stack([self._heads(x, total + over, size) for x, total in zip(scores, totals, strict=True)])
-
-    def _heads(self, scores: Tensor, total: int, size: int) -> Tensor:
-        """Pages ``[H]`` of one layer's heads, ``total`` in all if they have as many."""
-        heads, most = scores.shape[0], scores.shape[1] // size
-        best = scores.sort(dim=1, descending=True).values[:, : most * size]
-        worth = best.unflatten(1, (most, size)).sum(-1)
-        number = torch.arange(most, device=scores.device)
-        floor = min(math.ceil(self.alpha * total / heads), total // heads)
-        there = worth > -torch.inf  # pages of nothing but tokens
-        worth = worth.masked_fill(there & (number < floor), torch.inf)
-        # Sorted, not top-k: equal pages must fall the same way on every device.
-        order = worth.flatten().argsort(descending=True, stable=True)[: min(total, int(there.sum()))]
-        return torch.bincount(order // max(1, most), minlength=heads)
+        dealt = []
+        for x, own in zip(scores, totals, strict=True):
+            total, heads = own + over, x.shape[0]
+            floor = min(math.ceil(self.alpha * total / heads), total // heads)
+            dealt.append(deal_by_score([x], total, size, floor))
+        return torch.cat(dealt)

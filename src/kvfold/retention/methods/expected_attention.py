@@ -49,9 +49,10 @@ class ExpectedAttention(RetentionMethod):
             raise ValueError("ahead must be positive, and epsilon not negative")
 
     def refusals(self, geometry: Geometry) -> list[str]:
-        """Latent layers: their queries have no rotation of the whole."""
+        """Latent layers, whose rotary part is turned in ways of its own."""
         latent = [str(layer.index) for layer in geometry.layers if layer.kind == "latent"]
-        return [f"layers {', '.join(latent)} keep latents, for which nothing is expected"] if latent else []
+        why = "keep latents, and their queries are turned in part, which expected_attention cannot foresee"
+        return [f"layers {', '.join(latent)} {why}"] if latent else []
 
     def model_refusals(self, model: nn.Module) -> list[str]:
         """Rotary embeddings that are not as usual."""

@@ -39,7 +39,7 @@ class H2O(RetentionMethod):
         view, count = seen.view, seen.q.shape[0]
         columns, before = view.columns, view.columns - count
         old = view.shown.new_zeros((view.kv_heads, 0)) if notes.per_token is None else notes.per_token
-        mass = torch.nn.functional.pad(old.float(), (0, columns - old.shape[1])).clone()
+        mass = torch.nn.functional.pad(old.float(), (0, columns - old.shape[1]))
         group = seen.q.shape[1] // view.kv_heads
         block = max(1, _WEIGHTS // (group * columns))
         for start in range(0, count, block):
