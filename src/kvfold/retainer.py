@@ -21,7 +21,7 @@ from kvfold.codecs.pages import PageStore
 from kvfold.codecs.summaries import summarise
 from kvfold.geometry import LayerGroup
 from kvfold.memory.manager import CacheManager, Keeping
-from kvfold.retention.method import Notes, RetentionMethod, Seen
+from kvfold.retention.method import Merged, Notes, RetentionMethod, Seen
 from kvfold.retention.repack import chosen, dealt, lay_out
 from kvfold.retention.view import LayerFacts, LayerView, PagePart
 from kvfold.retention.write import write_merged
@@ -235,7 +235,8 @@ class Retainer:
         group, spec, store = self._groups[g], self._manager.groups[g], self._stores[g].kept_store
         size, length = store.fmt.block_size, self._manager.length(seq)
         views = [self._view(g, layer, seq, length, end=end) for layer in group.layers]
-        notes = [self._notes.get(seq, {}).get(layer, Notes()) for layer in group.layers]
+        # Copies: what a method changes there while it works is true only once all is done.
+        notes = [self._notes.get(seq, {}).get(layer, Notes()).copy() for layer in group.layers]
         scores = []
         for view, note in zip(views, notes, strict=True):
             found = self.method.score(view, note).float()
@@ -250,20 +251,21 @@ class Retainer:
         addr[there] = offset[layout.block[there]] + layout.slot[there] * store.fmt.page_bytes
         device = store.arena.device
         lists = torch.from_numpy(addr).to(device)
-        biases, after = [], {}
+        biases: list[Tensor | None] = []
+        after = {}
         for i, (view, note) in enumerate(zip(views, notes, strict=True)):
             kept = chosen(scores[i], counts[i], size)
             merged = self.method.merge(view, note, scores[i], kept)
             if merged is not None:
                 write_merged(store, i, lists[i], kept, merged)
-                biases.append(merged.bias[kept >= 0])
+            biases.append(_biases(view, kept, merged))
             self._move(view, kept, lists[i], None if merged is None else ~merged.fresh)
             if store.fmt.summary_dims:
                 summarise(store, lists[i].T.reshape(-1), i)
             after[view.layer] = Notes(dict(note.values), _carried(note.per_token, view, kept, int(counts.max()) * size))
             view.forget()
         flat = torch.from_numpy(addr[there]).to(device)
-        return _Packed(KeptPages(counts.to(device), flat, torch.cat(biases) if biases else None), layout.blocks, after)
+        return _Packed(KeptPages(counts.to(device), flat, _joined(biases, counts.sum(1) * size)), layout.blocks, after)
 
     def _move(self, view: LayerView, kept: Tensor, lists: Tensor, moved: Tensor | None) -> None:
         """Copies the codes of the ``kept [H, m]`` candidates of a layer to the pages ``lists [H, P]``."""
@@ -335,6 +337,26 @@ def _split(blocks: Blocks, position: int) -> tuple[Blocks, Blocks]:
     """Blocks that begin before ``position``, and the others."""
     at = int(np.searchsorted(blocks.start, position))
     return Blocks(blocks.offset[:at], blocks.start[:at]), Blocks(blocks.offset[at:], blocks.start[at:])
+
+
+def _biases(view: LayerView, kept: Tensor, merged: Merged | None) -> Tensor | None:
+    """Biases ``[tokens]`` of what a layer keeps, head by head: those that merging gave, else those that the tokens have
+    had; None if none has any.
+    """
+    if merged is not None:
+        return merged.bias[kept >= 0].float()
+    if not view.biased:
+        return None
+    return view.bias[:, view.candidates].gather(1, kept.clamp_min(0))[kept >= 0]
+
+
+def _joined(biases: Sequence[Tensor | None], tokens: Tensor) -> Tensor | None:
+    """The biases of all layers, layer ``i`` with ``tokens[i]`` of them, 0 where it has none; None if no layer has."""
+    like = next((each for each in biases if each is not None), None)
+    if like is None:
+        return None
+    counts = tokens.tolist()
+    return torch.cat([like.new_zeros(n) if each is None else each for each, n in zip(biases, counts, strict=True)])
 
 
 def _carried(per_token: Tensor | None, view: LayerView, kept: Tensor, width: int) -> Tensor | None:

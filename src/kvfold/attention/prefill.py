@@ -145,7 +145,7 @@ def _attend_past(
         k, v = (x[:, :, : span.valid] for x in span.piece.read(layer_in_group, call.latent))
         bias = None
         if span.piece.layered:
-            bias = _kept_bias(span.piece, layer_in_group, q.dtype)
+            bias = _kept_bias(span.piece, layer_in_group)
         elif call.local:
             positions = torch.arange(start, start + count, device=q.device)
             bias = _bias(visible(positions, span.pos[: span.valid], call).repeat(group, 1), q.dtype)
@@ -158,15 +158,17 @@ def _attend_past(
     return unrotate(past.store, q, o, lse, layer_in_group, call)
 
 
-def _kept_bias(piece: PagePiece, layer_in_group: int, dtype: torch.dtype) -> Tensor | None:
-    """Additive ``[1, Hkv, 1, S]`` for the tokens that retention kept: their own biases, and what hides padding."""
+def _kept_bias(piece: PagePiece, layer_in_group: int) -> Tensor | None:
+    """Additive ``[1, Hkv, 1, S]``, float32, for the tokens that retention kept: their own biases, and what hides
+    padding.
+    """
     addr, _, bias = piece.of_layer(layer_in_group)
     if bias is None and not piece.ragged:
         return None
     size = piece.store.fmt.block_size
     bias = torch.zeros(1, device=addr.device) if bias is None else bias
     gone = (addr < 0).repeat_interleave(size, dim=-1)
-    return bias.to(dtype).masked_fill(gone, torch.finfo(dtype).min)[:, :, None]
+    return bias.masked_fill(gone, torch.finfo(bias.dtype).min)[:, :, None]
 
 
 def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:

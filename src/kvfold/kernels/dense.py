@@ -26,8 +26,8 @@ class DenseCall:
     """One dense attention: ``q [B, H, T, D]``, ``k [B, H, S, D]``, ``v [B, H, S, Dv]``; every query head has its own
     keys.
 
-    ``bias`` is additive, of the dtype of ``q``, broadcastable to ``[B, H, T, S]``; ``causal`` (only without ``bias``)
-    lets query ``i`` see keys ``<= i`` and needs ``T == S``.
+    ``bias`` is additive, of the dtype of ``q`` or float32, broadcastable to ``[B, H, T, S]``; ``causal`` (only without
+    ``bias``) lets query ``i`` see keys ``<= i`` and needs ``T == S``.
     """
 
     q: Tensor

@@ -70,8 +70,8 @@ class Seen:
 @dataclass(frozen=True, slots=True)
 class Merged:
     """What takes the place of the kept tokens of one layer: ``k [H, m, D]``, ``v [H, m, Dv]``, in the model's basis,
-    ``bias [H, m]`` added to their scores, and ``fresh [H, m]``: which of them are to be encoded anew; the codes of the
-    others are moved, their ``k`` and ``v`` not looked at.
+    ``bias [H, m]`` added to their scores in the place of what biases they have had, and ``fresh [H, m]``: which of them
+    are to be encoded anew; the codes of the others are moved, their ``k`` and ``v`` not looked at.
     """
 
     k: Tensor

@@ -113,6 +113,11 @@ class LayerView:
         return self._joined([part.shown for part in self._parts], True, torch.bool)
 
     @property
+    def biased(self) -> bool:
+        """Whether any token has a bias."""
+        return any(part.bias is not None for part in self._parts)
+
+    @property
     def bias(self) -> Tensor:
         """float32 ``[H, columns]``: the biases of the scores; 0 but for merged tokens."""
         return self._joined([part.bias for part in self._parts], 0.0, torch.float32)
@@ -141,19 +146,22 @@ class LayerView:
         fresh = width if own is None else own.shape[0]
         late = torch.ones(width, fresh, dtype=torch.bool, device=q.device).triu(fresh - width + 1)
         for head in range(heads):
-            scores = self._scores(rows[head], keys[head]) + bias[head]
+            scores = self.logits(rows[head], keys[head]) + bias[head]
             if own is None:
                 scores[..., count - width :].masked_fill_(late, -torch.inf)
                 more = scores.new_empty((*scores.shape[:2], 0))
             else:
-                more = self._scores(rows[head], own[:, head].float()).masked_fill(late, -torch.inf)
+                more = self.logits(rows[head], own[:, head].float()).masked_fill(late, -torch.inf)
             if facts.sinks is not None:
                 logits = facts.sinks.float().view(heads, -1)[head]
                 more = torch.cat((more, logits[:, None, None].expand(-1, width, 1)), dim=-1)
             yield torch.cat((scores, more), dim=-1).softmax(-1)[..., :count]
 
-    def _scores(self, rows: Tensor, keys: Tensor) -> Tensor:
-        scores = torch.matmul(rows, keys.T) * self.facts.scale
+    def logits(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """Scores ``[..., R, n]`` of queries ``rows [..., R, D]`` with ``keys [..., n, D]``, float32: scaled and
+        soft-capped, without biases and masks.
+        """
+        scores = torch.matmul(rows, keys.mT) * self.facts.scale
         softcap = self.facts.softcap
         return scores if softcap is None else torch.tanh(scores / softcap) * softcap
 
