@@ -129,8 +129,7 @@ def _watched(packed: PackedModel, cache: PagedCache, passage: Sequence[int], ins
         except BaseException:
             cache.abandon(step)
             raise
-        with torch.inference_mode():
-            replay(packed, cache, seq, passage, instruction)
+        replay(packed, cache, seq, passage, instruction)
     finally:
         cache.free(seq)
     return teacher
