@@ -48,7 +48,8 @@ class ForwardInputs:
 @dataclass(slots=True)
 class RetentionStats:
     """What retention has done since the start. ``blocks_before``, ``blocks_after``: of the sequences it ran on, in the
-    groups it ran on; ``bytes_before``, ``bytes_after``: theirs.
+    groups it ran on; ``bytes_before``, ``bytes_after``: theirs. ``notes_peak_bytes``: the most that was noted when it
+    began.
     """
 
     runs: int = 0
@@ -56,6 +57,7 @@ class RetentionStats:
     blocks_after: int = 0
     bytes_before: int = 0
     bytes_after: int = 0
+    notes_peak_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +176,7 @@ class Retainer:
         CacheFullError if there is no room for what is kept beside what it is chosen from; with any error, nothing has
         changed.
         """
+        self.stats.notes_peak_bytes = max(self.stats.notes_peak_bytes, self.nbytes())
         keeping = self._manager.reserve_keep(seq)
         if keeping is None:
             if final:

@@ -122,7 +122,7 @@ class EngineCore:
             else:
                 self._fail(youngest, error)
             return None
-        self.peak_bytes = max(self.peak_bytes, self.runner.cache.bytes_in_use())
+        self.peak_bytes = max(self.peak_bytes, self.runner.manager.bytes_in_use())
         return logits
 
     def _retain(self, work: Sequence[Work]) -> None:
