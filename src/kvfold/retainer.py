@@ -363,11 +363,13 @@ def _joined(biases: Sequence[Tensor | None], tokens: Tensor) -> Tensor | None:
 
 
 def _carried(per_token: Tensor | None, view: LayerView, kept: Tensor, width: int) -> Tensor | None:
-    """The numbers ``[H, columns]`` of the tokens that are left, in their new columns: the ``kept [H, m]`` have
+    """The numbers ``[H, columns, ...]`` of the tokens that are left, in their new columns: the ``kept [H, m]`` have
     ``width`` of them, as many as those of the layer of the group that keeps most.
     """
     if per_token is None:
         return None
-    middle = per_token[:, view.candidates].gather(1, kept.clamp_min(0))
-    middle = torch.nn.functional.pad(middle, (0, width - kept.shape[1]))
+    heads = torch.arange(kept.shape[0], device=kept.device)[:, None]
+    middle = per_token[:, view.candidates][heads, kept.clamp_min(0)]
+    padding = middle.new_zeros((kept.shape[0], width - kept.shape[1], *middle.shape[2:]))
+    middle = torch.cat((middle, padding), dim=1)
     return torch.cat((per_token[:, : view.candidates.start], middle, per_token[:, view.candidates.stop :]), dim=1)

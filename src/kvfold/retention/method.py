@@ -28,9 +28,9 @@ __all__ = ["Composed", "Merged", "Notes", "RetentionMethod", "Seen"]
 class Notes:
     """What a method keeps of one sequence in one layer between forwards, and what it costs.
 
-    ``values``: tensors under names of the method's own. ``per_token [H, columns]``: a number for each token of each
-    head, in the order of the view's columns; the runtime carries it along when tokens move, and cuts it when they are
-    rolled back. Tensors are replaced, never written to: forks share them.
+    ``values``: tensors under names of the method's own. ``per_token [H, columns, ...]``: a number, or several, for each
+    token of each head, in the order of the view's columns; the runtime carries it along when tokens move, and cuts it
+    when they are rolled back. Tensors are replaced, never written to: forks share them.
     """
 
     values: dict[str, Tensor] = field(default_factory=dict)
