@@ -99,8 +99,7 @@ class ExpectedAttention(RetentionMethod):
     def _ahead(self, view: LayerView, notes: Notes) -> tuple[Tensor, Tensor]:
         """Mean ``[Hq, D]`` and covariance ``[Hq, D, D]`` of the queries to come."""
         mean, covariance = notes.values["mean"], notes.values["covariance"]
-        width = int(notes.values["width"]) if "width" in notes.values else 0
-        if width:
+        if width := int(notes.values.get("width", 0)):
             cos, sin = (x.to(mean.device) for x in mean_ahead(notes.values["phases"], self.ahead))
             turn = Rotation.of(view.facts.module).matrix(mean.shape[-1], cos, sin, width)
             mean, covariance = mean @ turn.T, turn @ covariance @ turn.T
@@ -109,18 +108,13 @@ class ExpectedAttention(RetentionMethod):
 
 def _add(notes: Notes, q: Tensor) -> None:
     """Merges the queries ``[T, Hq, D]`` into the statistics (Chan's update, which loses no digits)."""
-    mean = q.mean(0)
+    mean, count = q.mean(0), q.shape[0]
     off = (q - mean).transpose(0, 1)
-    covariance, count = off.transpose(1, 2) @ off / q.shape[0], q.shape[0]
+    covariance = off.transpose(1, 2) @ off / count
     if "count" in notes.values:
-        before = int(notes.values["count"])
-        count += before
-        old, share = notes.values["mean"], q.shape[0] / count
-        gap = mean - old
-        covariance = (
-            notes.values["covariance"] * (1 - share)
-            + covariance * share
-            + share * (1 - share) * gap[:, :, None] * gap[:, None, :]
-        )
+        old, count = notes.values["mean"], count + int(notes.values["count"])
+        gap, share = mean - old, q.shape[0] / count
+        between = share * (1 - share) * gap[:, :, None] * gap[:, None, :]
+        covariance = (1 - share) * notes.values["covariance"] + share * covariance + between
         mean = old + share * gap
     notes.values |= {"mean": mean, "covariance": covariance, "count": torch.tensor(count)}
