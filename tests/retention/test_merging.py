@@ -158,6 +158,19 @@ def test_rows_are_taken_in_parts_without_a_difference(monkeypatch: pytest.Monkey
         assert torch.allclose(torch.cat([x for x, _ in b]), a, atol=1e-5)
 
 
+def test_the_latest_queries_count_as_much_as_the_others() -> None:
+    view, q = random_view(100)
+    sample = QuerySample(4, 64)
+    notes = Notes()
+    sample.observe(Seen(view, q, view.keys(), view.values()), notes)
+    importance = sample.importance(notes)
+    assert float(importance[:4].square().sum()) == pytest.approx(float(importance[4:].square().sum()))
+    plain, weighed = (References(view, sample.queries(notes), each) for each in (None, importance))
+    (a, total), (b, same) = next(plain.parts(1)), next(weighed.parts(1))
+    assert torch.equal(total, same)
+    assert torch.allclose(b.exp(), a.exp() * importance.repeat(2)[:, None], rtol=1e-4)
+
+
 def test_learned_sinks_take_their_share_of_the_totals() -> None:
     g = torch.Generator().manual_seed(0)
     k, v, q = torch.randn(30, 2, 8, generator=g), torch.randn(30, 2, 8, generator=g), torch.randn(5, 6, 8, generator=g)
@@ -173,7 +186,7 @@ def test_fits_are_least_squares() -> None:
     g = torch.Generator().manual_seed(0)
     a = torch.rand(50, 6, generator=g) * torch.tensor([1.0, 1e-2, 1e-3, 1.0, 0.1, 1.0])
     true = torch.tensor([2.0, 30.0, 5.0, 0.1, 1.0, 7.0])
-    assert torch.allclose(fit_factors(a, a @ true, 0.05, 1000.0), true, rtol=2e-2)
+    assert torch.allclose(a @ fit_factors(a, a @ true, 0.05, 1000.0), a @ true, rtol=5e-3)
     bounded = fit_factors(a, a @ true, 1.0, 20.0)
     assert bool((bounded >= 1.0 - 1e-5).all() and (bounded <= 20.0 + 1e-4).all())
     values = torch.randn(6, 3, generator=g)

@@ -196,7 +196,9 @@ def kept(built, view: LayerView, notes: Notes, pages: int = 1) -> Tensor:
     return chosen(scores, counts, 4) + view.candidates.start
 
 
-@pytest.mark.parametrize("text", ["h2o", "tova", "snapkv(kernel=1)", "adakv(h2o)", "pyramidkv(tova)", "criticalkv(snapkv(kernel=1))"])
+@pytest.mark.parametrize(
+    "text", ["h2o", "tova", "snapkv(kernel=1)", "adakv(h2o)", "pyramidkv(tova)", "criticalkv(snapkv(kernel=1))"]
+)
 def test_a_token_that_all_look_at_stays(text, tokens):
     q, k, v = tokens
     heavy = 19

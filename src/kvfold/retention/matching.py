@@ -23,7 +23,7 @@ __all__ = ["References", "fit_factors", "fit_values", "merging_refusals"]
 _SCORES = 1 << 24
 """Scores that are held at a time."""
 
-_STEPS = 200
+_STEPS = 64
 _TINY = 1e-30
 
 
@@ -35,17 +35,20 @@ def merging_refusals(name: str, geometry: Geometry) -> list[str]:
 
 
 class References:
-    """Sample queries ``q [W, Hq, D]`` over all columns of a view. Each sees everything, wherever it stood."""
+    """Sample queries ``q [W, Hq, D]`` over all columns of a view. Each sees everything, wherever it stood, and its
+    weights are taken times its ``importance [W]`` (None: 1).
+    """
 
-    def __init__(self, view: LayerView, q: Tensor) -> None:
+    def __init__(self, view: LayerView, q: Tensor, importance: Tensor | None = None) -> None:
         self.rows = q.float().unflatten(1, (view.kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)  # [H, R, D]
+        self._importance = None if importance is None else importance.log().repeat(self.rows.shape[1] // q.shape[0])
         self._view = view
         self._keys = view.keys()
         self._bias = view.bias.masked_fill(~view.shown, -torch.inf)
 
     def parts(self, head: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Some rows at a time: the logs of their weights on the candidates ``[r, n]`` (biases in, minus infinity at
-        padding), and the logs of the totals ``[r]`` over all columns by which these were divided.
+        padding), and the logs of the totals ``[r]`` of exponentials over all columns.
         """
         rows, sinks = self.rows[head], self._view.facts.sinks
         for some in torch.arange(rows.shape[0], device=rows.device).split(max(1, _SCORES // self._keys.shape[1])):
@@ -54,7 +57,8 @@ class References:
             if sinks is not None:  # rows come query head by query head
                 logits = sinks.float().view(self._keys.shape[0], -1)[head]
                 total = total.logaddexp(logits[some // (rows.shape[0] // logits.shape[0])])
-            yield scores[:, self._view.candidates] - total[:, None], total
+            divisor = total if self._importance is None else total - self._importance[some]
+            yield scores[:, self._view.candidates] - divisor[:, None], total
 
     def mean_weights(self, head: int) -> tuple[Tensor, Tensor]:
         """The logs of the candidates' mean weights ``[n]``, and of all rows' totals ``[R]``."""

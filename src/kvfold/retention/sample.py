@@ -47,6 +47,15 @@ class QuerySample:
             raise UnsupportedError("merging tokens of a sequence", why=why)
         return torch.cat(found)
 
+    def importance(self, notes: Notes) -> Tensor:
+        """Factors ``[W]`` for the weights of `queries`, with which the latest together count (in squares) as much as
+        the others together, where those are more.
+        """
+        late, others = (notes.values[name].shape[0] for name in (_LATEST, _SPREAD))
+        factors = torch.ones(late + others, device=notes.values[_LATEST].device)
+        factors[:late] = max(1.0, others / max(1, late)) ** 0.5
+        return factors
+
     @staticmethod
     def forget(notes: Notes) -> None:
         """Lets the sample go; it begins anew."""

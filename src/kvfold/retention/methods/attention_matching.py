@@ -2,7 +2,7 @@
 
 For a KV head with candidates ``k [n, D]``, ``v [n, Dv]`` and a sample of queries ``q [R, D]`` (the sequence's own, of
 all query heads that read the KV head), with weights ``a[r, i] = exp(q_r.k_i + b_i) / Z_r`` over all columns, sinks and
-recent tokens included, in closed form::
+recent tokens included, and times the query's importance, in closed form::
 
     s_i   = (mean_r a[r, i]^2)^(1/2)                                     scores [n]; the best t stay: keys C [t, D]
     w     = argmin_w sum_r (sum_j a[r, j] w_j - sum_i a[r, i])^2         w [t] in [e^-3, e^7]; bias += log w
@@ -14,9 +14,10 @@ recent tokens included, in closed form::
 takes 4 more bytes for its bias. The queries are let go once they are used.
 
 The sample is the ``latest`` queries and at most ``spread`` more from all over the context, each as if it saw all of
-it. With ``latest=0`` nothing favours what was asked last. Where we deviate: the paper's better and much slower
-choice of keys (orthogonal matching pursuit), its self-study conversations and its head budgets are not there; least
-squares are weighted by the candidates' share of a query's attention, and values lean towards the kept tokens' own.
+it; the latest together count as much as the others. With ``latest=0`` nothing favours what was asked last. Where we
+deviate: the paper's better and much slower choice of keys (orthogonal matching pursuit), its self-study conversations
+and its head budgets are not there; least squares are weighted by the candidates' share of a query's attention, and
+values lean towards the kept tokens' own.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class AttentionMatching(RetentionMethod):
 
     def score(self, view: LayerView, notes: Notes) -> Tensor:
         """Root of the mean square of the sampled queries' weights."""
-        references = References(view, self._sample.queries(notes))
+        references = self._references(view, notes)
         squares = [
             torch.stack([(2 * weights).logsumexp(0) for weights, _ in references.parts(head)]).logsumexp(0)
             for head in range(view.kv_heads)
@@ -80,7 +81,7 @@ class AttentionMatching(RetentionMethod):
 
     def merge(self, view: LayerView, notes: Notes, scores: Tensor, kept: Tensor) -> Merged:
         """See the module."""
-        references = References(view, self._sample.queries(notes))
+        references = self._references(view, notes)
         self._sample.forget(notes)
         keys, values, bias = (x[:, view.candidates] for x in (view.keys(), view.values(), view.bias))
         place = kept.clamp_min(0)
@@ -105,6 +106,9 @@ class AttentionMatching(RetentionMethod):
         shares = own * factors
         shares = shares * (mass / shares.sum(1).clamp_min(torch.finfo(mass.dtype).tiny))[:, None]
         return factors, fit_values(shares, out, values[place], self.ridge)
+
+    def _references(self, view: LayerView, notes: Notes) -> References:
+        return References(view, self._sample.queries(notes), self._sample.importance(notes))
 
     @property
     def _sample(self) -> QuerySample:
