@@ -33,6 +33,9 @@ __all__ = ["KVCache"]
 _ROLLBACK_TOKENS = 64
 """What a sliding layer keeps behind its window when a decoding method announces that it will roll back."""
 
+_REPEATED_TOKENS = 512
+"""Tokens of the context that are repeated at a time, for retention methods that watch that."""
+
 
 class KVCache(Cache):
     """A paged, packed cache for one ``generate()`` conversation with ``model``.
@@ -145,13 +148,20 @@ class KVCache(Cache):
                 self._prompts[i] = length
             elif (point := rule.next_point(before, self._prompts[i])) is None or point > length:
                 continue
-            if self._tokens and self._pages.retainer is not None and self._pages.retainer.would_drop(seq):
-                packed = PackedModel(self._model)
-                try:
-                    replay(packed, self._pages, seq, self._tokens[i])
-                finally:
-                    packed.release()
+            if self._tokens:
+                self._repeat(seq, self._tokens[i])
             self._pages.retain(seq)
+
+    def _repeat(self, seq: int, tokens: list[int]) -> None:
+        """Has the model repeat a row's tokens before retention drops some of them."""
+        retainer = self._pages.retainer
+        if retainer is None or not retainer.would_drop(seq):
+            return
+        packed = PackedModel(self._model)
+        try:  # in small parts: a cache that grows would grow for each
+            replay(packed, self._pages, seq, tokens, first=retainer.done_until(seq), chunk=_REPEATED_TOKENS)
+        finally:
+            packed.release()
 
     def _real_tokens(self, batch: int, count: int, mask: Tensor | None) -> np.ndarray:
         """bool ``[B, count]``: which new positions are tokens. The mask must agree with what earlier steps said."""

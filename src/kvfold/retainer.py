@@ -165,6 +165,13 @@ class Retainer:
 
     # ------------------------------------------------------------------------------------------------------ keeping
 
+    def done_until(self, seq: int) -> int:
+        """Tokens of a sequence that retention has gone over; 0 if it never ran."""
+        if seq not in self._kept:
+            return 0
+        ends = [self._manager.kept_end(seq, g) for g, kept in enumerate(self._kept[seq]) if kept is not None]
+        return max(ends, default=0) * self._manager.block_size
+
     def would_drop(self, seq: int) -> bool:
         """Whether `run` would drop anything now."""
         return self._manager.has_to_drop(seq)

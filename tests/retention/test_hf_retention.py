@@ -74,3 +74,17 @@ def test_what_was_dropped_cannot_be_rolled_back_into():
     MODEL(torch.tensor(prompts_of(120)), past_key_values=cache)
     with pytest.raises(UnsupportedError, match="retention has dropped"):
         cache.crop(-90)
+
+
+def test_a_method_that_has_the_context_repeated_says_what_the_engine_says():
+    recipe = "raw,block=8,recent=16+kvzip(keep=0.4)"
+    prompts = prompts_of(150, 90)
+    with engine_of(MODEL, recipe=recipe) as engine:
+        params = SamplingParams(max_tokens=12, min_tokens=12)
+        wanted = [output.token_ids for output in engine.generate(prompts, params, progress=False)]
+    found, cache = generate(prompts, recipe)
+    assert found == wanted
+    assert cache._pages.retainer.stats.runs == 2
+    with pytest.raises(UnsupportedError, match="embeddings"):
+        embeddings = MODEL.get_input_embeddings()(torch.tensor(prompts_of(120)))
+        MODEL(inputs_embeds=embeddings, past_key_values=KVCache(MODEL, recipe, check=False))

@@ -109,7 +109,7 @@ class ModelRunner:
         """
         retainer = self.cache.retainer
         if retainer is not None and retainer.method.replays and retainer.would_drop(seq):
-            replay(self._packed, self.cache, seq, tokens, self._instruction)
+            replay(self._packed, self.cache, seq, tokens, self._instruction, first=retainer.done_until(seq))
         return self.cache.retain(seq, final=final)
 
     def release(self) -> None:
