@@ -85,6 +85,7 @@ def test_a_method_that_has_the_context_repeated_says_what_the_engine_says():
     found, cache = generate(prompts, recipe)
     assert found == wanted
     assert cache._pages.retainer.stats.runs == 2
+    embeddings = MODEL.get_input_embeddings()(torch.tensor(prompts_of(120)))
+    unwatched = KVCache(MODEL, recipe, check=False)
     with pytest.raises(UnsupportedError, match="embeddings"):
-        embeddings = MODEL.get_input_embeddings()(torch.tensor(prompts_of(120)))
-        MODEL(inputs_embeds=embeddings, past_key_values=KVCache(MODEL, recipe, check=False))
+        MODEL(inputs_embeds=embeddings, past_key_values=unwatched)

@@ -69,14 +69,14 @@ class Engine:
         geometry = Geometry.from_config(model.config)
         self.context = _context(geometry, max_length)
         self.recipe = check_recipe(recipe, model)
-        chunk = min(max_batched_tokens, self.context)
         self.tokenizer = tokenizer
+        if kv_memory is None:
+            chunk = min(max_batched_tokens, self.context)
+            kv_memory = _default_budget(model, geometry, self.recipe, self.context, chunk, max_sequences)
         self._runner = ModelRunner(
             model,
             recipe=self.recipe,
-            kv_memory=_default_budget(model, geometry, self.recipe, self.context, chunk, max_sequences)
-            if kv_memory is None
-            else parse_bytes(kv_memory),
+            kv_memory=parse_bytes(kv_memory),
             prefix_caching=prefix_caching,
             check=check,
             instruction=() if tokenizer is None else tokenizer.encode(INSTRUCTION, add_special_tokens=False),
