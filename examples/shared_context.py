@@ -10,11 +10,9 @@ text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")[:60
 with Engine("bundled", recipe="int4+learned(keep=0.5)", kv_memory="64MiB") as engine:
     context = engine.add_context(text)
     stats = engine.stats()
-    print(
-        f"{len(context.tokens)} tokens in {stats['retention_blocks_after']} blocks, of {stats['retention_blocks_before']}"
-    )
+    print(f"{len(context.tokens)} tokens: {stats['retention_blocks_before']} blocks before,", end=" ")
+    print(f"{stats['retention_blocks_after']} after")
     questions = ["\n\nIn short:", "\n\nThe license is"]
-    for question, output in zip(
-        questions, engine.generate(questions, SamplingParams(max_tokens=16), context=context), strict=True
-    ):
+    outputs = engine.generate(questions, SamplingParams(max_tokens=16), context=context)
+    for question, output in zip(questions, outputs, strict=True):
         print(question.strip(), output.text)

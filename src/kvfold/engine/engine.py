@@ -91,15 +91,9 @@ class Engine:
             watches=0 if retainer is None else retainer.method.watches,
         )
         self._core = EngineCore(self._runner, scheduler, tokenizer)
-        self._intake = Intake(
-            tokenizer=tokenizer,
-            vocab=geometry.vocab,
-            context=self.context,
-            capacity=Room(books, self.context, max_batched_tokens),
-            max_sequences=max_sequences,
-            end_ids=end_tokens(model, tokenizer),
-            seed=seed,
-        )
+        capacity = Room(books, self.context, max_batched_tokens)
+        ends = end_tokens(model, tokenizer)
+        self._intake = Intake(tokenizer, geometry.vocab, self.context, capacity, max_sequences, end_ids=ends, seed=seed)
         self._numbered = 0
         self._unclaimed: list[RequestOutput] = []
         self._contexts: set[Context] = set()

@@ -24,12 +24,12 @@ class Intake:
 
     def __init__(
         self,
-        *,
         tokenizer: PreTrainedTokenizerBase | None,
         vocab: int,
         context: int,
         capacity: Room,
         max_sequences: int,
+        *,
         end_ids: frozenset[int],
         seed: int,
     ) -> None:
