@@ -184,7 +184,7 @@ def test_without_max_tokens_the_context_or_the_cache_ends_it(model: Any) -> None
         output = engine.generate(prompt, params)[0]
         assert (len(output.token_ids), output.finish_reason) == (12, "length")
     with engine_of(model, kv_memory="100KiB") as engine:
-        capacity = engine._intake._capacity
+        capacity = engine._intake._capacity.tokens
         assert capacity < 500
         output = engine.generate(prompt[:50], params)[0]
         assert len(output.token_ids) == capacity + 1 - 50
