@@ -124,6 +124,6 @@ def test_a_default_budget_holds_what_can_run_and_closing_ends_everything(model: 
 @pytest.mark.parametrize("chunk", [7, 512])
 def test_a_default_budget_holds_one_full_context(model: Any, recipe: str, chunk: int) -> None:
     with Engine(model, max_sequences=1, recipe=recipe, max_batched_tokens=chunk, check=False) as engine:
-        assert engine._intake._capacity == engine.context == 512
+        assert engine._intake._capacity.tokens == engine.context == 512
         cached = engine._runner.geometry.cache_bytes(engine.recipe, 4, [512 + chunk])
         assert engine.stats()["kv_budget_bytes"] < 2 * cached
