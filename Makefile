@@ -48,7 +48,7 @@ sanitize: $(STAMP) ## run the kernels' tests with address and undefined-behaviou
 	export PYTHONPATH="$(CURDIR)/$(SANITIZED):$$packages" LD_PRELOAD="$(PRELOAD)" $(THREADS); \
 	export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1; \
 	$(BIN)/python -S -c '$(SANITIZE)' && \
-	  $(BIN)/python -S -m pytest -n 0 -p no:cacheprovider $(wildcard tests/test_native*.py) tests/test_threads.py
+	  $(BIN)/python -S -m pytest -n 0 -p no:cacheprovider $(wildcard tests/test_native*.py) tests/retrieval/test_bounds.py tests/test_threads.py
 
 format: $(STAMP) ## let ruff mend what it can: imports, order, layout
 	$(BIN)/ruff check --fix .

@@ -7,6 +7,12 @@ rising number of pages. *Ideal* is the time of reading everything times the shar
 pages counted; ``vs_ideal`` says how far a selection is from it. Before anything is timed, reading all pages through
 `quest` must give the bits of the recipe alone, and the chosen pages must be those of plain torch. ``--draw FILE`` draws
 a result again.
+
+On a machine that others use, what is interrupted is not comparable:
+
+    KVFOLD_THREADS=1 python -m benchmarks.retrieval --clock thread
+
+has one thread do all the work and counts its own seconds alone.
 """
 
 # ruff: noqa: E402 - how OpenMP waits is said before torch is imported
@@ -19,7 +25,8 @@ import json
 import shlex
 import statistics
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,26 +44,31 @@ from torch import Tensor
 
 from kvfold.attention.pieces import LayerCall
 from kvfold.attention.selected import PagesView
-from kvfold.bench.attention import rounds
+from kvfold.bench.attention import Samples
+from kvfold.bench.stream import Stream
 from kvfold.cache import PagedCache, SequenceWork, Step
 from kvfold.cli.options import parse_recipe_list, write_json
 from kvfold.errors import KVFoldError
 from kvfold.formats import PageFormat, sealed_until, sink_blocks
 from kvfold.geometry import Geometry, LayerGeometry
 from kvfold.kernels import bounds
+from kvfold.kernels.cpu.threads import thread_count
 from kvfold.quality.environment import hardware, versions
 from kvfold.quality.report.palette import LIGHT
 from kvfold.recipe import Recipe
 
-HEADS, GROUP, LAYERS = 8, 4, 2
+HEADS, GROUP, LAYERS = 8, 4, 4
 FILL_TOKENS = 1024
+FEWEST = 3 * LAYERS
+PAUSE_S = 0.03  # until OpenMP's threads have gone to sleep
+CLOCKS = {"wall": time.perf_counter, "thread": time.thread_time}
 
 
 @dataclass(frozen=True)
 class Row:
     """One recipe at one context. ``pages``: chosen of ``candidates``; None: all are read, without asking. ``seconds``:
-    median of one layer. ``share``: of the bytes that reading everything takes; ``ideal_seconds``: that share of its
-    time.
+    of one layer, the median of ``samples``. ``share``: of the bytes that reading everything takes; ``ideal_seconds``:
+    that share of its time.
     """
 
     recipe: str
@@ -76,8 +88,6 @@ class Row:
 
 class Reader:
     """Attention of an open step, one layer after the other."""
-
-    layers = LAYERS
 
     def __init__(self, step: Step, q: Tensor, kv: Tensor) -> None:
         self._step, self._q, self._kv = step, q, kv
@@ -165,7 +175,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "command": shlex.join(["python", "-m", "benchmarks.retrieval", *sys.argv[1:]]),
         "hardware": hardware(torch.device("cpu")),
         "versions": versions(),
-        "threads": torch.get_num_threads(),
+        "threads": thread_count(),
+        "clock": options.clock,
         "rows": [],
     }
     for context in options.contexts:
@@ -186,7 +197,7 @@ def cell(recipe: str, context: int, options: argparse.Namespace) -> list[Row]:
     gate(plain, sparse, counts)
     contestants: dict[str, Reader] = {"all": plain.reader(None)}
     contestants |= {str(count): sparse.reader(count) for count in counts}
-    measured = rounds(contestants, torch.device("cpu"), repeats=options.repeats, seconds=options.seconds)
+    measured = timed(contestants, options)
     full = statistics.median(measured["all"].seconds)
     whole = plain.bytes_read(None)
     rows = []
@@ -211,6 +222,25 @@ def cell(recipe: str, context: int, options: argparse.Namespace) -> list[Row]:
             )
         )
     return rows
+
+
+def timed(contestants: Mapping[str, Reader], options: argparse.Namespace) -> dict[str, Samples]:
+    """Everyone in turn, after a read that leaves nothing in a cache."""
+    stream, clock = Stream(torch.device("cpu")), CLOCKS[options.clock]
+    measured = {name: Samples() for name in contestants}
+    share = options.seconds / len(contestants)
+    for _ in range(options.repeats):
+        for name, reader in contestants.items():
+            found = measured[name]
+            if len(found.seconds) >= FEWEST and sum(found.seconds) > share:
+                continue
+            found.stream.append(stream.read())
+            time.sleep(PAUSE_S)
+            for layer in range(LAYERS):
+                begin = clock()
+                reader(layer)
+                found.seconds.append(clock() - begin)
+    return measured
 
 
 def gate(plain: Bed, sparse: Bed, counts: Sequence[int]) -> None:
@@ -269,8 +299,9 @@ def picture(rows: Sequence[dict[str, Any]]) -> bytes:
             axes.plot(x, [row["seconds"] * 1e3 for row in some], "o-", color=colors[recipe], markersize=5)
             axes.plot(x, [row["ideal_seconds"] * 1e3 for row in some], "--", color=colors[recipe], linewidth=1.2)
             axes.axhline(full, color=colors[recipe], linewidth=0.9, alpha=0.6)
-            axes.annotate(f"{recipe}: everything", (0.5, full), xytext=(0, 4), textcoords="offset points", ha="right",
-                          fontsize=9, color=colors[recipe])  # fmt: skip
+            aside = 4 if recipe != recipes[-1] else -12
+            axes.annotate(f"{recipe}: everything", (0.5, full), xytext=(0, aside), textcoords="offset points",
+                          ha="right", fontsize=9, color=colors[recipe])  # fmt: skip
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks([1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2], ["1/32", "1/16", "1/8", "1/4", "1/2"])
@@ -291,6 +322,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--draw", type=Path, help="a result to draw again, instead of measuring")

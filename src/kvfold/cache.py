@@ -222,8 +222,9 @@ class PagedCache:
                 raw = self._pages_of(g, pages.raw, "raw", list(jobs.values()))
                 seal(pages.raw, raw, pages.packed, self._pages_of(g, pages.packed, "packed", list(jobs)))
             store, state = pages.kept_store, "raw" if pages.packed is None else "packed"
-            if store.fmt.summary_dims:
-                whole = [*jobs, *whole_blocks(reservations, g, state, self.recipe.block_size)]
+            if not store.fmt.summary_dims:
+                continue
+            if whole := [*jobs, *whole_blocks(reservations, g, state, self.recipe.block_size)]:
                 summarise(store, self._pages_of(g, store, state, whole))
 
     def _follow_growth(self) -> None:

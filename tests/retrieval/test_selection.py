@@ -64,7 +64,7 @@ def test_a_step_reads_the_best_pages(recipe: str, config: PreTrainedConfig) -> N
     world = World(f"{recipe}+quest(pages={count},dense={dense})", config)
     sequences = world.fill(9, 130, 75, 200)
     retained(world, sequences)
-    for _ in range(14):
+    for _ in range(9):
         if world.cache.retainer is not None and world.cache.length(sequences[1]) % 5 == 0:
             world.cache.retain(sequences[1])
         world.step([(seq, 1) for seq in sequences], commit=False)
@@ -85,7 +85,7 @@ def test_bounds_follow_their_pages_through_any_schedule(recipe: str, config: Pre
     rng = random.Random(3)
     world = World(recipe + "+quest(pages=2,dense=0)", config)
     looked = 0
-    for turn in range(60):
+    for turn in range(40):
         live = list(world.cache.manager.sequences())
         choice = rng.random()
         if not live or (choice < 0.15 and len(live) < 5):
@@ -103,7 +103,7 @@ def test_bounds_follow_their_pages_through_any_schedule(recipe: str, config: Pre
             world.step([(seq, 1 if rng.random() < 0.8 else rng.randint(2, 40)) for seq in live])
         if turn % 3 == 0:
             looked += world.check_bounds()
-    assert looked > 500
+    assert looked > 300
 
 
 def test_sequences_do_not_depend_on_their_neighbours() -> None:

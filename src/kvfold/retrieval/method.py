@@ -93,4 +93,4 @@ class RetrievalMethod:
 
     def attend(self, view: PagesView) -> Piece:
         """Attention over the candidates, or what stands for it: ``o [n, Hq, Dv]``, ``lse [n, Hq]``."""
-        raise NotImplementedError(f"{type(self).__name__} does not choose")
+        raise TypeError(f"{type(self).__name__} does not choose")
