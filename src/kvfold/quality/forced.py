@@ -35,7 +35,8 @@ def teacher_force(
     rule = runner.cache.recipe.rule
     try:
         for start, stop in _chunks(len(tokens), score_from, rule):
-            work = SeqWork(seq=seq, tokens=tokens[start:stop], start=start, salt=b"", sample=True)
+            watched = rule is not None and rule.next_point(start, score_from) is not None
+            work = SeqWork(seq, tokens[start:stop], start, b"", sample=True, watched=watched)
             if start < score_from:
                 runner.execute([work])
             else:
@@ -71,7 +72,8 @@ def _decode_speed(runner: ModelRunner, seq: int, length: int, logits: Tensor, st
     token = int(logits.argmax())
     for i in range(steps):
         begin = time.perf_counter()
-        logits = runner.execute([SeqWork(seq=seq, tokens=[token], start=length + i, salt=b"", sample=True)])[0]
+        work = SeqWork(seq, [token], length + i, b"", sample=True, watched=False)
+        logits = runner.execute([work])[0]
         token = int(logits.argmax())
         times.append(time.perf_counter() - begin)
     return 1.0 / sorted(times)[steps // 2]
