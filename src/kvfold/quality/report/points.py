@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -83,17 +84,28 @@ class Standing:
 
 
 def short_names(rows: Sequence[Row], limit: int = 26) -> dict[str, str]:
-    """Contestant -> label: without the family (colour and shape tell it), cut in the middle if long, always unique."""
+    """Contestant -> label: without the family (colour and shape tell it) and, of recipes that drop tokens, the options
+    of what packs the others, where that tells them apart; cut in the middle if long, always unique.
+    """
     names: dict[str, str] = {}
+    bare = Counter(_bare(row.contestant) for row in rows)
     for row in rows:
         rest = row.contestant.removeprefix(f"{row.family}-")
         name = rest if rest[:1].isalpha() else row.contestant
+        if drops_tokens(row) and bare[_bare(name)] == 1:
+            name = _bare(name)
         if len(name) > limit:
             name = f"{name[: limit - 12]}…{name[-11:]}"
         if name in names.values():
             name = f"{name} #{sum(other.startswith(name) for other in names.values()) + 1}"
         names[row.contestant] = name
     return names
+
+
+def _bare(recipe: str) -> str:
+    """A recipe text without the options before its clauses, if it has clauses."""
+    plain, plus, clauses = recipe.partition("+")
+    return f"{plain.partition(',')[0]}+{clauses}" if plus else recipe
 
 
 def drops_tokens(row: Row) -> bool:
