@@ -213,6 +213,32 @@ def test_an_address_outside_of_the_arena_is_refused(wrong: int) -> None:
 
 
 @native
+@pytest.mark.parametrize("storage", ["f32", "bf16", "int8", "int4", "int2"])
+@pytest.mark.parametrize("lengths", [(21, 5), (97, 8, 40), (900, 17)])
+def test_lists_that_end_early_see_the_pages_they_have(storage: str, lengths: tuple[int, ...]) -> None:
+    paged = Paged((storage, storage), (64, 64), heads=1, lengths=lengths, bias=True)
+    full = cpu.attend(paged.call())
+    for i, length in enumerate(lengths):
+        paged.addr[i, :, -(-length // SIZE) :] = -1
+    call = replace(paged.call(), ragged=True)
+    for got, even, want in zip(cpu.attend(call), cpu.attend(call.evened()), full, strict=True):
+        assert torch.allclose(got, want, rtol=1e-5, atol=1e-5)
+        assert torch.allclose(even, want, rtol=1e-5, atol=1e-5)
+
+
+@native
+def test_a_page_missing_inside_a_list_or_beside_another_is_refused() -> None:
+    paged = Paged(("int4", "int4"), (64, 64), heads=1)
+    paged.addr[0, 0, 1] = -1
+    with pytest.raises(ValueError, match="1 of 6 page addresses lie outside"):
+        cpu.attend(replace(paged.call(), ragged=True))
+    beside = Paged(("int4", "int4"), (64, 64), heads=2)  # heads that are walked side by side
+    beside.addr[0, 0, 2] = -1
+    with pytest.raises(ValueError, match="1 of 12 page addresses lie outside"):
+        cpu.attend(beside.call())
+
+
+@native
 def test_shapes_that_do_not_fit_are_refused() -> None:
     call = Paged(("int4", "int4"), (64, 64)).call()
     assert call.bias is not None
