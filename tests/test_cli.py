@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 from kvfold.cli import generate as generate_verb
-from kvfold.cli import main
+from tests.command import Done, command
 from tests.engine.tiny_engine import byte_tokenizer, tiny_model
-
-
-class Done(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
 
 
 @pytest.fixture
 def kvfold(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
-    def run(*arguments: str, stdin: str = "") -> Done:
-        monkeypatch.setattr(sys, "argv", ["kvfold", *arguments])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        with pytest.raises(SystemExit) as done:
-            main()
-        out = capsys.readouterr()
-        return Done(int(done.value.code or 0), out.out, out.err)
-
-    return run
+    return command(capsys, monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from benchmarks.command import run_app
 from rich.console import Console
 
 from kvfold.cli.options import JsonOption, ModelOption, counted_progress, write_json
-from kvfold.errors import KVFoldError, RequestError
+from kvfold.errors import RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -159,15 +160,8 @@ def _digest(model: PreTrainedModel) -> str:
 
 
 def main() -> None:
-    """Entry point: errors end with exit code 2 and one clear message, Ctrl-C with 130."""
-    try:
-        app(prog_name="python -m benchmarks.codecs")
-    except KVFoldError as error:
-        print(f"codecs: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("codecs: interrupted; nothing was written", file=sys.stderr)
-        raise SystemExit(130) from None
+    """Entry point."""
+    run_app(app, "codecs")
 
 
 if __name__ == "__main__":

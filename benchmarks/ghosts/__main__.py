@@ -8,11 +8,11 @@ import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from benchmarks.command import run_app
 from rich.console import Console
 from rich.table import Table
 
 from kvfold.cli.options import JsonOption, ModelOption, counted_progress, write_json
-from kvfold.errors import KVFoldError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -133,15 +133,8 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Entry point: errors end with exit code 2 and one clear message, Ctrl-C with 130."""
-    try:
-        app(prog_name="python -m benchmarks.ghosts")
-    except KVFoldError as error:
-        print(f"ghosts: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("ghosts: interrupted; nothing was written", file=sys.stderr)
-        raise SystemExit(130) from None
+    """Entry point."""
+    run_app(app, "ghosts")
 
 
 if __name__ == "__main__":

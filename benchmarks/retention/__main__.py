@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from benchmarks.command import run_app
 from benchmarks.retention.methods import KEEPS, METHODS, choose, parse_keeps, with_recipes
 
 from kvfold.cli.options import ModelOption, parse_recipe_list, share_progress
 from kvfold.cli.workload import CompressOption, TasksOption, TextOption
-from kvfold.errors import KVFoldError
 
 if TYPE_CHECKING:
     from benchmarks.retention.session import SweepPlan
@@ -116,15 +116,8 @@ def _run(plan: SweepPlan, report: Path | None) -> None:
 
 
 def main() -> None:
-    """Entry point: errors end with exit code 2 and one clear message, Ctrl-C with 130."""
-    try:
-        app(prog_name="python -m benchmarks.retention")
-    except KVFoldError as error:
-        print(f"retention: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("retention: interrupted; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
+    """Entry point."""
+    run_app(app, "retention", "the same command goes on from here")
 
 
 if __name__ == "__main__":

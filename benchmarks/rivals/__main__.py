@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from benchmarks.command import run_app
 from benchmarks.rivals.catalog import check_installed, parse_rivals
 
 from kvfold.cli.options import JsonOption, ModelOption, parse_recipe_list, share_progress, write_json
@@ -25,7 +26,7 @@ from kvfold.cli.workload import (
     TextOption,
     WindowsOption,
 )
-from kvfold.errors import KVFoldError, RequestError
+from kvfold.errors import RequestError
 
 if TYPE_CHECKING:
     from kvfold.quality.results import Evaluation
@@ -149,15 +150,8 @@ def _measure(
 
 
 def main() -> None:
-    """Entry point: errors end with exit code 2 and one clear message, Ctrl-C with 130."""
-    try:
-        app(prog_name="python -m benchmarks.rivals")
-    except KVFoldError as error:
-        print(f"rivals: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("rivals: interrupted; the same command goes on from here if it has a --json FILE", file=sys.stderr)
-        raise SystemExit(130) from None
+    """Entry point."""
+    run_app(app, "rivals", "the same command goes on from here if it has a --json FILE")
 
 
 if __name__ == "__main__":

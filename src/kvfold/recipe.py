@@ -17,20 +17,21 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib
 import pkgutil
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Final, Literal, Protocol
+from typing import Final, Literal, Protocol, TypeVar
 
 from kvfold.clause import Clause
 from kvfold.errors import RecipeError
 from kvfold.formats import Rotation, Scales, VectorFormat
 from kvfold.rule import KeepRule
 
-__all__ = ["CALIBRATION_FILE", "METHOD_FILES", "Recipe", "known_methods"]
+__all__ = ["CALIBRATION_FILE", "METHOD_FILES", "Recipe", "known_methods", "method_class"]
 
 CALIBRATION_FILE: Final = "calibration.safetensors"
 """The calibration that lies beside a model's weights, which ``:calibrated`` without a file means."""
@@ -79,11 +80,14 @@ class _Geometry(Protocol):
 
 def _unknown(kind: str, word: str, known: Iterable[str], text: str) -> RecipeError:
     """The error for a word outside the grammar: names it, the known ones, and a close match if there is one."""
+    return RecipeError(f"bad recipe {text!r}", why=f"unknown {kind} {word!r}", hint=_suggested(word, known))
+
+
+def _suggested(word: str, known: Iterable[str]) -> str:
     known = list(known)
     close = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.5)
     listing = "known: " + ", ".join(known)
-    hint = f"did you mean {close[0]!r}? {listing}" if close else listing
-    return RecipeError(f"bad recipe {text!r}", why=f"unknown {kind} {word!r}", hint=hint)
+    return f"did you mean {close[0]!r}? {listing}" if close else listing
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +253,24 @@ def known_methods(axis: str) -> tuple[str, ...]:
     """The words of ``retention`` or ``retrieval``: the files of its ``methods`` folder."""
     folder = Path(__file__).parent / axis / "methods"
     return tuple(sorted(module.name for module in pkgutil.iter_modules([str(folder)])))
+
+
+_T = TypeVar("_T")
+
+
+def method_class(axis: str, clause: Clause, base: type[_T]) -> type[_T]:
+    """The subclass of ``base`` in the file that ``clause`` names, of the ``methods`` folder of ``axis``; RecipeError,
+    with a hint, if there is no such file.
+    """
+    if clause.name not in known_methods(axis):
+        why, hint = f"unknown {axis} method {clause.name!r}", _suggested(clause.name, known_methods(axis))
+        raise RecipeError(f"bad recipe clause {clause}", why=why, hint=hint)
+    module = importlib.import_module(f"kvfold.{axis}.methods.{clause.name}")
+    own = [x for x in vars(module).values() if isinstance(x, type) and x.__module__ == module.__name__]
+    found = [x for x in own if issubclass(x, base)]
+    if len(found) != 1:
+        raise TypeError(f"{module.__name__} must have one method, and has {len(found)}")
+    return found[0]
 
 
 def _axis_of(clause: Clause, text: str) -> Literal["retention", "retrieval"]:

@@ -86,6 +86,7 @@ class Retainer:
         self.method = method
         self.stats = RetentionStats()
         self._groups = groups
+        self._group_of = {layer: g for g, group in enumerate(groups) for layer in group.layers}
         self._stores = stores
         self._manager = manager
         self._pages_of = pages_of
@@ -122,7 +123,7 @@ class Retainer:
                 del self._kept[seq]
         for layer, notes in self._notes.get(seq, {}).items():
             if notes.per_token is not None:
-                columns = self._view(self._slot(layer), layer, seq, length).columns
+                columns = self._view(self._group_of[layer], layer, seq, length).columns
                 notes.per_token = notes.per_token[:, :columns].clone()
 
     def nbytes(self) -> int:
@@ -147,7 +148,7 @@ class Retainer:
         ``tokens``: its queries, keys and values ``[T, H, D]`` as the layer attends with them; ``stored``: keys and
         values as they go to the pages (of latent layers: latent and rotary part). ``replay``: as in `Seen`.
         """
-        g = self._slot(layer)
+        g = self._group_of[layer]
         if self._manager.groups[g].rule is None:
             return
         q, k, v = tokens
@@ -279,7 +280,7 @@ class Retainer:
 
     def _move(self, view: LayerView, kept: Tensor, lists: Tensor, moved: Tensor | None) -> None:
         """Copies the codes of the ``kept [H, m]`` candidates of a layer to the pages ``lists [H, P]``."""
-        store = self._stores[self._slot(view.layer)].kept_store
+        store = self._stores[self._group_of[view.layer]].kept_store
         size = store.fmt.block_size
         there = kept >= 0
         if moved is not None:
@@ -290,9 +291,6 @@ class Retainer:
         store.copy_rows(source[there], slot[there], target[there], (number % size)[there])
 
     # -------------------------------------------------------------------------------------------------------- views
-
-    def _slot(self, layer: int) -> int:
-        return next(g for g, group in enumerate(self._groups) if layer in group.layers)
 
     def _view(
         self,
@@ -317,7 +315,7 @@ class Retainer:
 
         def parts() -> list[PagePart]:
             pages = self._pages_of(g, seq).before(length)
-            heads, tail = _split(pages.raw, sinks)
+            heads, tail = pages.raw.apart(0, sinks)
             found = [self._part(stores, stores.raw, index, heads, sinks)]
             if kept is not None and kept.pages:
                 biases = kept.biases(size)
@@ -341,12 +339,6 @@ class Retainer:
         count, size = blocks.offset.size, store.fmt.block_size
         columns = min(count * size, (count - 1) * size + stop - int(blocks.start[-1])) if count else 0
         return PagePart(store, addr, columns)
-
-
-def _split(blocks: Blocks, position: int) -> tuple[Blocks, Blocks]:
-    """Blocks that begin before ``position``, and the others."""
-    at = int(np.searchsorted(blocks.start, position))
-    return Blocks(blocks.offset[:at], blocks.start[:at]), Blocks(blocks.offset[at:], blocks.start[at:])
 
 
 def _biases(view: LayerView, kept: Tensor, merged: Merged | None) -> Tensor | None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -24,7 +21,6 @@ from transformers import (
 )
 
 from kvfold.calibration import Calibration
-from kvfold.cli import main
 from kvfold.errors import NumericsError, RequestError, UnsupportedError
 from kvfold.geometry import Geometry
 from kvfold.quality.calibrate import CalibrationReport, calibrate, calibration_passages
@@ -32,6 +28,7 @@ from kvfold.quality.calibrate.fit import fit
 from kvfold.quality.calibrate.observe import Moments, Observer
 from kvfold.recipe import Recipe
 from tests.calibrations import SMALL, random_moments, tiny, tokens
+from tests.command import Done, command
 from tests.engine.tiny_engine import byte_tokenizer, tiny_model
 
 PASSAGES = [tokens(60, seed) for seed in range(4)]
@@ -306,23 +303,9 @@ def test_a_text_that_is_too_short_is_refused() -> None:
 # == the command
 
 
-class Done(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
-
-
 @pytest.fixture
 def kvfold(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
-    def run(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["kvfold", "calibrate", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO())
-        with pytest.raises(SystemExit) as done:
-            main()
-        out = capsys.readouterr()
-        return Done(int(done.value.code or 0), out.out, out.err)
-
-    return run
+    return command(capsys, monkeypatch, "calibrate")
 
 
 @pytest.fixture(scope="module")

@@ -5,16 +5,13 @@ from __future__ import annotations
 import io
 import json
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from rich.console import Console
 
-from kvfold.cli import main
 from kvfold.errors import RequestError
 from kvfold.gates import Gates
 from kvfold.quality.profile import Plan, Profile, profile_model
@@ -24,6 +21,7 @@ from kvfold.quality.report.palette import LIGHT
 from kvfold.quality.results import ErrorMap
 from kvfold.report import profile_report
 from tests.calibrations import tiny
+from tests.command import Done, command
 from tests.engine.tiny_engine import byte_tokenizer, tiny_model
 
 TEXT = "All work and no play makes Jack a dull boy.\n" * 40
@@ -164,23 +162,9 @@ def test_the_terminal_is_concise(profile: Profile) -> None:
 # == the command
 
 
-class Done(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
-
-
 @pytest.fixture
 def kvfold(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
-    def run(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["kvfold", "profile", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO())
-        with pytest.raises(SystemExit) as done:
-            main()
-        out = capsys.readouterr()
-        return Done(int(done.value.code or 0), out.out, out.err)
-
-    return run
+    return command(capsys, monkeypatch, "profile")
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvfold.cli import main
 from kvfold.engine.loading import load
 from kvfold.errors import ModelError, RequestError, UnsupportedError
 from kvfold.geometry import Geometry
@@ -25,6 +21,7 @@ from kvfold.quality.train_retention.fit import fit_layer, log_scores
 from kvfold.recipe import Recipe
 from kvfold.retention.scorer import Scorer, TokenMap
 from tests.calibrations import tiny, tokens
+from tests.command import Done, command
 from tests.engine.tiny_engine import byte_tokenizer, tiny_model
 from tests.retention.replaying import INSTRUCTION, next_logits, read, repeat, runner_of, scores
 
@@ -309,23 +306,9 @@ def test_scorers_of_other_models_are_refused(trained: TrainingReport) -> None:
 # == the command
 
 
-class Done(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
-
-
 @pytest.fixture
 def kvfold(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
-    def run(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["kvfold", "train-retention", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO())
-        with pytest.raises(SystemExit) as done:
-            main()
-        out = capsys.readouterr()
-        return Done(int(done.value.code or 0), out.out, out.err)
-
-    return run
+    return command(capsys, monkeypatch, "train-retention")
 
 
 @pytest.fixture(scope="module")

@@ -63,7 +63,7 @@ def test_scores_are_those_of_the_formula(family, counts):
     retainer = cache.retainer
     assert shown
     for layer, given in shown.items():
-        view = retainer._view(retainer._slot(layer), layer, seq, TOKENS, end=11)
+        view = retainer._view(retainer._group_of[layer], layer, seq, TOKENS, end=11)
         found = retainer.method.score(view, retainer._notes[seq][layer])
         assert found.shape[1] == 40
         torch.testing.assert_close(found, wanted(given, view, view.facts, turned=TURNED[family]), rtol=1e-3, atol=1e-5)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvfold.attention.kept import joined
 from kvfold.attention.selected import Candidates
 from kvfold.attention.tables import Blocks, GroupPages, SequencePages
 from kvfold.formats import sealed_until, sink_blocks
@@ -36,22 +37,14 @@ def split(group: GroupPages, pages: SequencePages, length: int, sinks: int, rece
     size = group.raw.fmt.block_size
     first, end = sink_blocks(sinks, size), sealed_until(length, size, sinks, recent)
     if group.packed is None:
-        older, raw = _apart(pages.raw, first * size, end * size)
+        older, raw = pages.raw.apart(first * size, end * size)
         rest = SequencePages(raw, pages.packed)
     else:
         # A block that this very step fills has no bounds yet.
-        older, packed = _apart(pages.packed, 0, length // size * size)
+        older, packed = pages.packed.apart(0, length // size * size)
         rest = SequencePages(pages.raw, packed)
     kept = 0 if pages.kept is None else pages.kept.pages
     return SplitPages(rest, older, older.offset.size + kept)
-
-
-def _apart(blocks: Blocks, start: int, stop: int) -> tuple[Blocks, Blocks]:
-    """Blocks at positions ``[start, stop)``, and the others."""
-    a, b = np.searchsorted(blocks.start, (start, stop))
-    cut = slice(int(a), int(b))
-    rest = np.delete(blocks.offset, cut), np.delete(blocks.start, cut)
-    return Blocks(blocks.offset[cut], blocks.start[cut]), Blocks(*rest)
 
 
 def candidate_tables(
@@ -88,16 +81,10 @@ def _listed(group: GroupPages, blocks: Sequence[Blocks]) -> Tensor:
 
 def _with_kept(table: Candidates, pages: Sequence[SequencePages]) -> Candidates:
     """The same lists, in every layer and head its own kept pages before the blocks."""
-    kept = [each.kept for each in pages if each.kept is not None]
-    widest, size = max(each.pages for each in kept), table.store.fmt.block_size
-    pad = torch.nn.functional.pad
-    own = torch.stack([pad(each.lists(), (0, widest - each.pages), value=-1) for each in kept], dim=1)
-    layers = torch.arange(own.shape[0], device=own.device).view(-1, 1, 1, 1) * table.layer_bytes
+    own = joined(table.store, [each.kept for each in pages if each.kept is not None], None)
+    layers = torch.arange(own.addr.shape[0], device=own.addr.device).view(-1, 1, 1, 1) * table.layer_bytes
     blocks = torch.where(table.addr >= 0, table.addr + layers, -1)
-    bias = None
-    if any(each.bias is not None for each in kept):
-        bias = own.new_zeros((*own.shape[:3], (widest + table.addr.shape[-1]) * size), dtype=torch.float32)
-        for i, each in enumerate(kept):
-            if (biases := each.biases(size)) is not None:
-                bias[:, i, :, : biases.shape[-1]] = biases
-    return replace(table, addr=torch.cat((own, blocks), dim=-1), layer_bytes=0, layered=True, bias=bias)
+    bias = own.bias
+    if bias is not None:  # blocks have none
+        bias = torch.nn.functional.pad(bias, (0, table.addr.shape[-1] * table.store.fmt.block_size))
+    return replace(table, addr=torch.cat((own.addr, blocks), dim=-1), layer_bytes=0, layered=True, bias=bias)

@@ -54,6 +54,13 @@ class Blocks:
         count = int(np.searchsorted(self.start, position))
         return Blocks(self.offset[:count], self.start[:count])
 
+    def apart(self, first: int, last: int) -> tuple[Blocks, Blocks]:
+        """Those that begin at positions ``[first, last)``, and the others."""
+        a, b = np.searchsorted(self.start, (first, last))
+        cut = slice(int(a), int(b))
+        rest = np.delete(self.offset, cut), np.delete(self.start, cut)
+        return Blocks(self.offset[cut], self.start[cut]), Blocks(*rest)
+
 
 @dataclass(frozen=True, slots=True)
 class SequencePages:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvfold.clause import Clause
 from kvfold.errors import RecipeError
-from kvfold.recipe import known_methods
+from kvfold.recipe import method_class
 from kvfold.retention.method import RetentionMethod
 
 if TYPE_CHECKING:
@@ -44,11 +42,7 @@ def build_method(clause: Clause) -> RetentionMethod:
     What stands in its brackets goes to the fields of its dataclass: clauses, in order, to those that hold a method or,
     as text, the name of a file; options to the others by name. RecipeError, with a hint, for what does not fit.
     """
-    if clause.name not in known_methods("retention"):
-        close = difflib.get_close_matches(clause.name, known_methods("retention"), n=1, cutoff=0.5)
-        hint = (f"did you mean {close[0]!r}? " if close else "") + "known: " + ", ".join(known_methods("retention"))
-        raise RecipeError(f"bad recipe clause {clause}", why=f"unknown retention method {clause.name!r}", hint=hint)
-    kind = _method_class(clause.name)
+    kind: type[RetentionMethod] = method_class("retention", clause, RetentionMethod)  # type: ignore[type-abstract]
     known: list[Field[Any]] = list(fields(kind)) if is_dataclass(kind) else []  # type: ignore[redundant-expr]
     positional = [field for field in known if _holds_clause(field)]
     options = {field.name: str(field.type) for field in known if not _holds_clause(field)}
@@ -67,18 +61,6 @@ def build_method(clause: Clause) -> RetentionMethod:
         return kind(**values)
     except ValueError as error:
         raise RecipeError(f"bad recipe clause {clause}", why=str(error)) from error
-
-
-def _method_class(name: str) -> type[RetentionMethod]:
-    module = importlib.import_module(f"kvfold.retention.methods.{name}")
-    found = [
-        value
-        for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, RetentionMethod) and value.__module__ == module.__name__
-    ]
-    if len(found) != 1:
-        raise TypeError(f"{module.__name__} must have one method, and has {len(found)}")
-    return found[0]
 
 
 def _holds_clause(field: Field[Any]) -> bool:

@@ -7,7 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["deal_by_score"]
+__all__ = ["deal_by_score", "pages_there"]
+
+
+def pages_there(scores: Sequence[Tensor], size: int) -> Tensor:
+    """Whole pages of ``size`` candidates that each head has, int64 ``[L, H]``; ``scores`` as in `deal_by_score`."""
+    return torch.stack([(x > -torch.inf).sum(1) // size for x in scores])
 
 
 def deal_by_score(scores: Sequence[Tensor], pages: int, size: int, floor: int = 0) -> Tensor:

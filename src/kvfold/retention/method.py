@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from torch import Tensor, nn
+
+from kvfold.retention.dealing import pages_there
 
 if TYPE_CHECKING:
     from kvfold.geometry import Geometry
@@ -119,7 +120,7 @@ class RetentionMethod(ABC):
         ``scores[l] [H, n]``, of the model's layer ``layers[l]``: minus infinity at padding. By default all heads get
         equally many.
         """
-        have = torch.stack([(x > -torch.inf).sum(1) // size for x in scores])
+        have = pages_there(scores, size)
         return have.clamp(max=pages // have.numel())
 
     def merge(self, view: LayerView, notes: Notes, scores: Tensor, kept: Tensor) -> Merged | None:

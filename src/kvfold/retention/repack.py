@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from kvfold.errors import KVFoldError
+from kvfold.retention.dealing import pages_there
 
 __all__ = ["Layout", "chosen", "dealt", "lay_out"]
 
 
 def dealt(counts: Tensor, scores: Sequence[Tensor], pages: int, size: int) -> Tensor:
     """``counts [L, H]`` of pages as a method dealt them; KVFoldError if it dealt more than there are."""
-    have = torch.stack([(x > -torch.inf).sum(1) // size for x in scores])
+    have = pages_there(scores, size)
     if counts.shape != have.shape or int(counts.sum()) > pages or bool((counts < 0).any() | (counts > have).any()):
         raise KVFoldError("retention dealt pages that are not there", why=f"{counts.tolist()} of {pages} in all")
     return counts

@@ -10,6 +10,7 @@ of which a method names by their places in a list (-1: none).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -62,7 +63,7 @@ class PagesView(Protocol):
 
 
 @dataclass(frozen=True)
-class RetrievalMethod:
+class RetrievalMethod(ABC):
     """A way to choose what is read. Stateless, and a dataclass: its fields are the options.
 
     ``pages``: so many each KV head reads at least. ``dense``: layers of the model, from the first on, that read all.
@@ -91,6 +92,6 @@ class RetrievalMethod:
             return [f"the first {self.dense} layers read all, and no layer behind them lacks a window"]
         return []
 
+    @abstractmethod
     def attend(self, view: PagesView) -> Piece:
         """Attention over the candidates, or what stands for it: ``o [n, Hq, Dv]``, ``lse [n, Hq]``."""
-        raise TypeError(f"{type(self).__name__} does not choose")

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kvfold.errors import ModelError
 from kvfold.gates import GATES_FILE, Gates
+from kvfold.retention.dealing import pages_there
 from kvfold.retention.method import Notes, RetentionMethod
 from kvfold.retention.view import LayerView
 
@@ -63,7 +64,7 @@ class Duo(RetentionMethod):
 
     def deal(self, scores: Sequence[Tensor], pages: int, size: int, layers: Sequence[int]) -> Tensor:
         """All pages of one head after the other; of equal gates the lower layer comes first."""
-        have = torch.stack([(x > -torch.inf).sum(1) // size for x in scores])
+        have = pages_there(scores, size)
         order = torch.cat([x.amax(1) for x in scores]).argsort(descending=True, stable=True)
         wanted = have.flatten()[order]
         counts = torch.empty_like(wanted)
