@@ -158,14 +158,16 @@ class PagedCache:
             self._memory.give_back(self.manager.arena.take_given_back())
         return dropped
 
-    def begin(self, work: Sequence[SequenceWork]) -> Step:
-        """Reserves room for the new tokens of ``work`` (all or nothing: CacheFullError leaves the cache as it was)."""
+    def begin(self, work: Sequence[SequenceWork], *, check_finite: bool = False) -> Step:
+        """Reserves room for the new tokens of ``work`` (all or nothing: CacheFullError leaves the cache as it was).
+        ``check_finite``: what is not finite is not found by other sequences.
+        """
         reservations = self.manager.reserve_many([(item.seq, item.count) for item in work])
         try:
             self._follow_growth()
             self._prepare_blocks(reservations)
             steps = [self._group_step(g, reservations) for g in range(len(self.groups))]
-            return Step(self._layers, reservations, steps, work, self.retainer)
+            return Step(self._layers, reservations, steps, work, self.retainer, check_finite=check_finite)
         except BaseException:
             self._roll_back(reservations)
             raise
@@ -181,19 +183,22 @@ class PagedCache:
         return self.manager.bytes_in_use() + (0 if self.retainer is None else self.retainer.nbytes())
 
     def commit(
-        self, step: Step, tokens: Sequence[Sequence[int]] | None = None, salts: Sequence[bytes] | None = None
+        self, step: Step, tokens: Sequence[Sequence[int] | None] | None = None, salts: Sequence[bytes] | None = None
     ) -> None:
         """Makes a step's tokens part of their sequences: seals what has left the recent window, releases what a window
         has passed.
 
-        ``tokens`` (the new token ids of each sequence, in order) lets full blocks be found again by other sequences
-        that start the same way under the same salt. All computing comes before the books change: when it fails,
-        :meth:`abandon` still undoes the step.
+        ``tokens`` (the new token ids of each sequence, in order; None: unknown) lets full blocks be found again by
+        other sequences that start the same way under the same salt, if the step found them finite. All computing comes
+        before the books change: when it fails, :meth:`abandon` still undoes the step.
         """
         self._encode(step.reservations)
+        sound = step.finite()
         seals = [
             self.manager.commit(
-                reservation, tokens[i] if tokens is not None else None, salts[i] if salts is not None else None
+                reservation,
+                tokens[i] if tokens is not None and sound[i] else None,
+                salts[i] if salts is not None else None,
             )
             for i, reservation in enumerate(step.reservations)
         ]

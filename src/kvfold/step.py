@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kvfold.attention.pieces import LayerCall
@@ -60,6 +61,7 @@ class Step:
     """One forward over some sequences, whose new tokens lie one sequence after the other: ``N`` rows in all.
 
     ``work``: what they are, in the order of ``reservations``. ``retainer``: whose method watches; None: nobody does.
+    ``check_finite``: note whether the stored rows are finite numbers, for :meth:`finite`.
     """
 
     def __init__(
@@ -69,6 +71,8 @@ class Step:
         groups: Sequence[GroupStep],
         work: Sequence[SequenceWork],
         retainer: Retainer | None,
+        *,
+        check_finite: bool = False,
     ) -> None:
         self.layers = layers
         self.reservations = tuple(reservations)
@@ -76,6 +80,8 @@ class Step:
         self._retainer = retainer
         self._watched: list[tuple[Reservation, SequenceWork, slice]] = []
         self._stored: dict[int, tuple[Tensor, Tensor]] = {}
+        self._check_finite = check_finite
+        self._sums: list[Tensor] = []  # of each stored row: not finite if any number of it is not
         first = 0
         for r, item in zip(reservations, work, strict=True):
             if item.watched and retainer is not None:
@@ -92,8 +98,25 @@ class Step:
         g, index = self.layers.slot(layer)
         for write in self._groups[g].writes:
             write(index, k, v)
+        if self._check_finite:
+            self._sums += [rows.sum((1, 2), dtype=torch.float32) for rows in (k, v)]
         if self._watched:
             self._stored[layer] = (k, v)
+
+    def finite(self) -> list[bool]:
+        """For each reservation, whether all its keys and values were finite numbers, in every layer.
+
+        Attention does not always show one that is not: it has no weight where every query meets it with minus
+        infinity. All True without ``check_finite``.
+        """
+        if not self._sums:
+            return [True] * len(self.reservations)
+        rows = torch.stack(self._sums).isfinite().all(0).tolist()
+        found, first = [], 0
+        for r in self.reservations:
+            found.append(all(rows[first : first + r.new_tokens]))
+            first += r.new_tokens
+        return found
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, call: LayerCall, inputs: ForwardInputs | None = None

@@ -18,8 +18,6 @@ from kvfold.geometry import Geometry
 from kvfold.recipe import Recipe
 from tests.engine.tiny_engine import assert_idle, engine_of, expected, prompts_of, tiny_model
 
-pytestmark = pytest.mark.xfail(strict=False, reason="issue 11, A.2: blocks are found before their logits are known")
-
 BAD = 77
 PARAMS = SamplingParams(max_tokens=8, ignore_eos=True)
 RECIPES = [
@@ -28,22 +26,20 @@ RECIPES = [
     "int4,block=8,recent=8,sinks=0",
     "int2,scales=channel,block=8,recent=8,sinks=4",
     "raw,block=8+keydiff(keep=0.5,chunk=32)",
-    "int4,block=8,recent=8,sinks=0+quest(pages=2)",
+    "int4,block=8,recent=8,sinks=0+quest(pages=2,dense=0)",
 ]
 
 
 def _planted(kind: str) -> Any:
     """A model of which token ``BAD`` has NaN, infinity, or numbers that overflow float16 in the first layer."""
-    model = tiny_model(seed=3)
+    model = tiny_model(layers=3, seed=3)
     with torch.no_grad():
         row = model.model.embed_tokens.weight[BAD]
         if kind == "float16 overflow":
             model.half()
             row = model.model.embed_tokens.weight[BAD]
-            row.copy_(torch.linspace(-6e4, 6e4, row.numel()))
+            row.fill_(65504)  # the greatest number there is: what the first layer adds is too much
             model.model.layers[0].mlp.down_proj.weight.mul_(300)
-            model.model.layers[0].input_layernorm.weight.fill_(1)
-            model.model.layers[0].self_attn.v_proj.weight.mul_(5e4)
         else:
             row.fill_(float(kind))
     return model
@@ -88,7 +84,8 @@ def test_a_request_with_bad_numbers_does_not_poison_its_prefix(planted: Any, rec
         assert_idle(engine)
     if recipe.startswith("raw,block=8") and "+" not in recipe:
         with engine_of(planted, recipe=recipe) as engine:
-            outputs = engine.generate([[*shared, BAD], [*shared, 9], [*shared, 10]], PARAMS, raise_errors=False)
+            prompts = [[*shared, BAD], [*shared, 9], [*shared, 10]]
+            outputs = engine.generate(prompts, SamplingParams(max_tokens=8), raise_errors=False)
         for tail, output in zip((9, 10), outputs[1:], strict=True):
             assert output.token_ids == expected(planted, [*shared, tail], 8)
 
@@ -162,7 +159,7 @@ def _play(engine: Engine, prompts: Sequence[list[int]], together: bool) -> list[
 @settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(data=st.data())
 def test_only_requests_that_hold_the_bad_token_fail(data: Any) -> None:
-    """Whatever the recipe, the chunks, the order, and what is shared: a prompt fails exactly if it holds the token."""
+    """Whatever the recipe, the chunks, the order, and what is shared: a request fails exactly if it holds the token."""
     kind = data.draw(st.sampled_from(["nan", "inf", "-inf", "float16 overflow"]))
     recipe = data.draw(st.sampled_from(RECIPES))
     starts = prompts_of(40, 40, seed=data.draw(st.integers(0, 3)))
@@ -180,6 +177,7 @@ def test_only_requests_that_hold_the_bad_token_fail(data: Any) -> None:
         for _ in range(2):
             outputs = _play(engine, prompts, data.draw(st.booleans()))
             for prompt, output in zip(prompts, outputs, strict=True):
-                assert (output.error is not None) == (BAD in prompt)
+                said = output.token_ids[:7]  # the last one is never read; a healthy request may come to say BAD itself
+                assert (output.error is not None) == (BAD in [*prompt, *said])
         _findable_blocks_are_finite(engine)
         assert_idle(engine)

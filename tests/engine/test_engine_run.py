@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvfold.engine import SamplingParams
-from kvfold.engine.runner import SeqWork
+from kvfold.engine.runner import Ran, SeqWork
 from kvfold.errors import CacheFullError, NumericsError, RequestError
 from tests.engine.tiny_engine import (
     EOS,
@@ -291,16 +291,16 @@ def test_a_plan_that_does_not_fit_after_all_costs_a_preemption_and_no_token(
 ) -> None:
     prompts = prompts_of(20, 21, 22)
     with engine_of(model) as engine:
-        execute, calls = engine._runner.execute, 0
+        run, calls = engine._runner.run, 0
 
-        def grudging(work: Sequence[SeqWork]) -> torch.Tensor:
+        def grudging(work: Sequence[SeqWork]) -> Ran:
             nonlocal calls
             calls += 1
             if calls % 5 == 2:
                 raise CacheFullError("the KV cache is full")
-            return execute(work)
+            return run(work)
 
-        monkeypatch.setattr(engine._runner, "execute", grudging)
+        monkeypatch.setattr(engine._runner, "run", grudging)
         outputs = engine.generate(prompts, SamplingParams(max_tokens=12), raise_errors=False)
         assert engine.stats()["preemptions"] > 0
         assert_idle(engine)

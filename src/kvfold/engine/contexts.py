@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvfold.engine.runner import ModelRunner, SeqWork
+from kvfold.engine.runner import ModelRunner, SeqWork, not_finite
 from kvfold.errors import UnsupportedError
 from kvfold.rule import KeepRule
 
@@ -27,7 +27,7 @@ def read_context(runner: ModelRunner, rule: KeepRule | None, tokens: Sequence[in
     """Computes ``tokens`` in steps of at most ``chunk``; retention runs where ``rule`` has it run on a prompt of them.
 
     UnsupportedError if the recipe's method chooses by the queries of a request; CacheFullError, with the cache as it
-    was, if there is no room.
+    was, if there is no room; NumericsError if the model's logits are not finite.
     """
     retainer = runner.cache.retainer
     if retainer is not None and retainer.method.query_aware:
@@ -40,7 +40,7 @@ def read_context(runner: ModelRunner, rule: KeepRule | None, tokens: Sequence[in
         while start < len(tokens):
             point = None if rule is None else rule.next_point(start, len(tokens))
             end = min(len(tokens), start + chunk, point or len(tokens))
-            runner.execute([SeqWork(seq, tokens[start:end], start, salt, end == len(tokens))])
+            _read(runner, SeqWork(seq, tokens[start:end], start, salt, end == len(tokens)))
             if end == point:
                 runner.retain(seq, tokens[:end])
             start = end
@@ -48,3 +48,8 @@ def read_context(runner: ModelRunner, rule: KeepRule | None, tokens: Sequence[in
         runner.free(seq)
         raise
     return Context(tuple(tokens), seq, salt)
+
+
+def _read(runner: ModelRunner, part: SeqWork) -> None:
+    if runner.run([part]).broken:
+        raise not_finite("a shared context", f"its first {part.start + len(part.tokens)} tokens")

@@ -10,7 +10,7 @@ import torch
 from kvfold.engine.detokenize import Decoder
 from kvfold.engine.output import make_chunk, make_output
 from kvfold.engine.request import FinishReason, RequestOutput
-from kvfold.engine.runner import ModelRunner, SeqWork
+from kvfold.engine.runner import ModelRunner, SeqWork, not_finite
 from kvfold.engine.sampling import sample
 from kvfold.engine.scheduler import Admission, Scheduler, StepPlan, Work
 from kvfold.engine.state import Branch, Request, Status
@@ -114,7 +114,7 @@ class EngineCore:
             tokens = branch.tokens[start : start + chunk] if chunk > 1 else (branch.tokens[start],)
             items.append(SeqWork(branch.seq, tokens, start, branch.request.salt, sampled, watched))
         try:
-            logits = self.runner.execute(items)
+            ran = self.runner.run(items)
         except CacheFullError as error:
             youngest = self.scheduler.running[-1]
             if len(self.scheduler.running) > 1:
@@ -123,7 +123,10 @@ class EngineCore:
                 self._fail(youngest, error)
             return None
         self.peak_bytes = max(self.peak_bytes, self.runner.manager.bytes_in_use())
-        return logits
+        for i in ran.broken:
+            if not work[i].sample:  # `_advance` looks at those that sample, with the rows forked from them
+                self._fail(work[i].branch, _numerics(work[i].branch))
+        return ran.logits
 
     def _retain(self, work: Sequence[Work]) -> None:
         """Runs retention where the plan says so. Its room was planned; should it lack all the same (a method may need
@@ -269,9 +272,4 @@ class EngineCore:
 
 
 def _numerics(branch: Branch) -> NumericsError:
-    place = f"token {branch.generated + 1} of completion {branch.index}"
-    return NumericsError(
-        f"request {branch.request.id}: the model's logits are not finite",
-        why=f"NaN or infinity at {place}",
-        hint="check the weights, or load the model in a wider dtype",
-    )
+    return not_finite(f"request {branch.request.id}", f"token {branch.generated + 1} of completion {branch.index}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvfold.cache import PagedCache, SequenceWork
-from kvfold.errors import UnsupportedError
+from kvfold.errors import NumericsError, UnsupportedError
 from kvfold.geometry import Geometry
 from kvfold.memory.manager import CacheManager
 from kvfold.packed import PackedModel, check_model
@@ -20,7 +21,7 @@ from kvfold.recipe import Recipe
 from kvfold.replay import replay
 from kvfold.retention.build import refusals
 
-__all__ = ["ModelRunner", "SeqWork"]
+__all__ = ["ModelRunner", "Ran", "SeqWork", "not_finite"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,15 @@ class SeqWork:
     salt: bytes
     sample: bool
     watched: bool = True
+
+
+class Ran(NamedTuple):
+    """What one forward gave: float32 ``logits [n, V]`` of the items that sample, and the places in the work of those
+    whose logits are not finite (``broken``), sampled or not.
+    """
+
+    logits: Tensor
+    broken: frozenset[int]
 
 
 class ModelRunner:
@@ -121,15 +131,27 @@ class ModelRunner:
 
         Raises CacheFullError, with the cache as it was, if there is no room; any error of the forward leaves it so too.
         """
+        return self.run(work).logits
+
+    def run(self, work: Sequence[SeqWork]) -> Ran:
+        """As :meth:`execute`, and which items went wrong."""
         ends = np.cumsum([len(item.tokens) for item in work])
-        return self._run(work, (ends - 1)[[item.sample for item in work]])
+        logits, finite = self._run(work, ends - 1, range(len(work)))
+        broken = frozenset(np.flatnonzero(~finite).tolist())
+        if all(item.sample for item in work):
+            return Ran(logits, broken)
+        return Ran(logits[[i for i, item in enumerate(work) if item.sample]], broken)
 
     def execute_all(self, item: SeqWork) -> Tensor:
         """Runs one item; the logits ``[len(item.tokens), V]`` of all its tokens. Otherwise as :meth:`execute`."""
-        return self._run([item], np.arange(len(item.tokens)))
+        return self._run([item], np.arange(len(item.tokens)), [-1])[0]
 
-    def _run(self, work: Sequence[SeqWork], keep: np.ndarray) -> Tensor:
-        step = self.cache.begin([SequenceWork(item.seq, len(item.tokens), item.watched) for item in work])
+    def _run(self, work: Sequence[SeqWork], keep: np.ndarray, last: Sequence[int]) -> tuple[Tensor, np.ndarray]:
+        """The logits of the rows ``keep``, and for each item whether those of its last token, row ``last`` of them, are
+        finite: other sequences find its blocks only then.
+        """
+        requests = [SequenceWork(item.seq, len(item.tokens), item.watched) for item in work]
+        step = self.cache.begin(requests, check_finite=True)
         if any(item.start != r.start for item, r in zip(work, step.reservations, strict=True)):
             self.cache.abandon(step)
             raise ValueError("a work item does not start where its sequence ends")
@@ -140,8 +162,20 @@ class ModelRunner:
             positions = np.arange(tokens.size) + np.repeat(first, segments)
             ids, at, rows = (torch.from_numpy(x).to(self.device) for x in (tokens, positions, keep))
             logits = self._packed.forward(step, ids, at, rows, segments).float()
-            self.cache.commit(step, [item.tokens for item in work], [item.salt for item in work])
+            # Minus infinity says that a token is barred; if it is the highest, all are, or one is NaN.
+            finite = logits[list(last)].amax(-1).isfinite().cpu().numpy()
+            known = [item.tokens if good else None for item, good in zip(work, finite, strict=True)]
+            self.cache.commit(step, known, [item.salt for item in work])
         except BaseException:
             self.cache.abandon(step)
             raise
-        return logits
+        return logits, finite
+
+
+def not_finite(what: str, place: str) -> NumericsError:
+    """What is said when ``what`` cannot go on because the model's logits at ``place`` are NaN or infinite."""
+    return NumericsError(
+        f"{what}: the model's logits are not finite",
+        why=f"NaN or infinity at {place}",
+        hint="check the weights, or load the model in a wider dtype",
+    )
