@@ -93,6 +93,7 @@ class Driver:
             seq = self.books.create()
             self.books.adopt(seq, self.scheduler.shareable(branch), cached, branch.request.salt)
             branch.computed = cached
+            self.books.expect(seq, self.scheduler.expected(branch, cached))
             self.scheduler.admit(branch, seq)
             work.append(first)
         reservations = self.books.reserve_many([(item.branch.seq or 0, item.chunk) for item in work])

@@ -30,9 +30,10 @@ def random_specs(draw: random.Random) -> list[GroupSpec]:
     return specs
 
 
-def fill(manager: CacheManager, length: int, chunks: list[int]) -> int | None:
+def fill(manager: CacheManager, length: int, chunks: list[int], expected: int = 0) -> int | None:
     """A new sequence of ``length`` tokens; None, and nothing, if there is no room."""
     seq = manager.create()
+    manager.expect(seq, expected)
     for chunk in chunks:
         try:
             reservation = manager.reserve(seq, min(chunk, length - manager.length(seq)))
@@ -62,6 +63,7 @@ def test_peaks_are_bounds(seed: int) -> None:
     for most in (1, 3, 17, 90):
         length = draw.randint(1, 150)
         seq, peak = manager.create(), dict.fromkeys(pools, 0)
+        manager.expect(seq, draw.choice([0, length // 2, length]))
         for chunk in steps_of(draw, length, most):
             reservation = manager.reserve(seq, min(chunk, length - manager.length(seq)))
             peak = {key: max(peak[key], pool.used_blocks) for key, pool in pools.items()}
@@ -104,7 +106,7 @@ def test_can_ever_fit_is_exact(seed: int) -> None:
     for _ in range(25):
         total, chunk = draw.randint(1, 300), draw.choice([1, 2, 7, 32, 300])
         said = manager.can_ever_fit(total, chunk)
-        seq = fill(manager, total, [chunk] * total)
+        seq = fill(manager, total, [chunk] * total, total)
         assert said == (seq is not None), (total, chunk)
         if seq is not None:
             manager.free(seq)

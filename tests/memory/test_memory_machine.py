@@ -31,6 +31,7 @@ class ModelSequence:
 
     def __init__(self, groups: int) -> None:
         self.tokens: list[int] = []
+        self.expected = 0
         self.gone = [0] * groups
         self.packed: list[set[int]] = [set() for _ in range(groups)]
         self.kept: list[tuple[int, int, tuple[int, ...], int]] = [(0, 0, (), 0)] * groups
@@ -38,7 +39,7 @@ class ModelSequence:
 
     def copy(self) -> ModelSequence:
         other = ModelSequence(len(self.packed))
-        other.tokens = list(self.tokens)
+        other.tokens, other.expected = list(self.tokens), self.expected
         other.gone = list(self.gone)
         other.packed = [set(blocks) for blocks in self.packed]
         other.kept = list(self.kept)
@@ -151,9 +152,10 @@ class World:
     def seal_in_model(self, model: ModelSequence) -> None:
         """The sealing rule, block by block."""
         length = len(model.tokens)
+        later = max(length, model.expected)
         for spec, packed in zip(self.groups, model.packed, strict=True):
-            for block in range(length // self.size if spec.packed_block_bytes else 0):
-                if block * self.size >= spec.sinks and (block + 1) * self.size <= length - spec.recent:
+            for block in range(length // self.size if spec.seals else 0):
+                if block * self.size >= spec.sinks and (block + 1) * self.size <= later - spec.recent:
                     packed.add(block)
 
     # ------------------------------------------------------------------------------------------------- actions
@@ -164,6 +166,10 @@ class World:
         assert self.manager.length(seq) == 0
         self.model[seq] = ModelSequence(len(self.groups))
         return seq
+
+    def expect(self, seq: int, length: int) -> None:
+        self.manager.expect(seq, length)
+        self.model[seq].expected = length
 
     def reserve(self, seq: int, tokens: list[int]) -> bool:
         need = self.manager.demand(seq, len(tokens))
@@ -249,6 +255,7 @@ class World:
             return
         assert possible
         del model.tokens[length:]
+        model.expected = min(model.expected, length)
         for group, (first, _, _, _) in enumerate(model.kept):
             if length <= first * size:
                 model.kept[group] = (0, 0, (), 0)
@@ -277,9 +284,11 @@ class World:
         assert hit % self.size == 0
         assert 0 <= hit < len(tokens)
         new = min(new, len(tokens) - hit)
-        promised = manager.fits(manager.demand_for(hit, new, tokens=tokens))
+        expected = len(tokens) if new % 2 else 0
+        promised = manager.fits(manager.demand_for(hit, new, expected=expected, tokens=tokens))
         seq = self.create()
         model = self.model[seq]
+        self.expect(seq, expected)
         try:
             manager.adopt(seq, tokens, hit)
         except CacheFullError:
@@ -480,6 +489,12 @@ class MemoryMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.world.model) < MOST)
     def create(self) -> None:
         self.world.create()
+
+    @rule(which=WHICH, more=st.integers(-10, 60))
+    def expect(self, which: int, more: int) -> None:
+        seq = self.some(which)
+        if seq is not None:
+            self.world.expect(seq, max(0, len(self.world.model[seq].tokens) + more))
 
     @rule(which=WHICH, count=COUNTS, token=TOKEN)
     def step(self, which: int, count: int, token: int) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvfold.engine.chunks import Chunking
 from kvfold.engine.runner import ModelRunner, SeqWork, not_finite
 from kvfold.errors import UnsupportedError
-from kvfold.rule import KeepRule
 
 __all__ = ["Context", "read_context"]
 
@@ -23,8 +23,9 @@ class Context:
     salt: bytes
 
 
-def read_context(runner: ModelRunner, rule: KeepRule | None, tokens: Sequence[int], chunk: int, salt: bytes) -> Context:
-    """Computes ``tokens`` in steps of at most ``chunk``; retention runs where ``rule`` has it run on a prompt of them.
+def read_context(runner: ModelRunner, chunking: Chunking, tokens: Sequence[int], budget: int, salt: bytes) -> Context:
+    """Computes ``tokens`` in the chunks that ``chunking`` makes of a prompt of them, of at most ``budget`` tokens each,
+    and runs retention where it would run on that.
 
     UnsupportedError if the recipe's method chooses by the queries of a request; CacheFullError, with the cache as it
     was, if there is no room; NumericsError if the model's logits are not finite.
@@ -36,12 +37,12 @@ def read_context(runner: ModelRunner, rule: KeepRule | None, tokens: Sequence[in
         raise UnsupportedError(f"a shared context under {runner.cache.recipe}", why=why, hint=hint)
     seq = runner.create()
     try:
-        start = 0
-        while start < len(tokens):
-            point = None if rule is None else rule.next_point(start, len(tokens))
-            end = min(len(tokens), start + chunk, point or len(tokens))
-            _read(runner, SeqWork(seq, tokens[start:end], start, salt, end == len(tokens)))
-            if end == point:
+        start, length = 0, len(tokens)
+        while start < length:
+            runner.expect(seq, chunking.expected(start, length, length))
+            end = chunking.end(start, length, length, budget)
+            _read(runner, SeqWork(seq, tokens[start:end], start, salt, end == length))
+            if end == chunking.next_point(start, length):
                 runner.retain(seq, tokens[:end])
             start = end
     except BaseException:

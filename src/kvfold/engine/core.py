@@ -102,6 +102,7 @@ class EngineCore:
         self.stats.prefix_hit_tokens += branch.computed
         if branch.request.cached_tokens is None:
             branch.request.cached_tokens = branch.computed
+        self.runner.expect(seq, self.scheduler.expected(branch, branch.computed))
         self.scheduler.admit(branch, seq)
         return work._replace(start=branch.computed, chunk=work.start + work.chunk - branch.computed)
 
@@ -137,9 +138,9 @@ class EngineCore:
             while part.retain and branch.seq is not None:
                 try:
                     end = part.start + part.chunk
-                    self.runner.retain(
-                        branch.seq, branch.tokens[:end], final=not self.scheduler.retains_after(branch, end)
-                    )
+                    final = not self.scheduler.retains_after(branch, end)
+                    self.runner.retain(branch.seq, branch.tokens[:end], final=final)
+                    self.runner.expect(branch.seq, self.scheduler.expected(branch, end))
                     break
                 except CacheFullError as error:
                     if len(self.scheduler.running) == 1:

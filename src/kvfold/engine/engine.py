@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -53,6 +53,7 @@ class Engine:
         max_sequences: int = 64,
         max_length: int | None = None,
         prefix_caching: bool = True,
+        repeatable: bool | None = None,
         seed: int = 0,
         check: bool = True,
     ) -> None:
@@ -60,8 +61,11 @@ class Engine:
 
         ``recipe``: what becomes of the cache. ``kv_memory``: its size, such as ``"2GiB"``; by default what
         ``max_sequences`` full contexts need, and at most a quarter of the memory available. ``max_batched_tokens``:
-        tokens of a step. ``max_length``: a lower limit than the model's context. ``seed``: for the requests that bring
-        none. ``check``: compare a short forward with the model's own first.
+        tokens of a step. ``max_length``: a lower limit than the model's context. ``prefix_caching``: requests that
+        begin alike share blocks. ``repeatable``: a prompt gives the same log-probabilities, to the bit, whether its
+        prefix was cached or is computed, beside the same neighbours; that takes one more small step for a prompt. By
+        default so under recipes that pack blocks; under others (``raw``) a cached prefix changes rounding. ``seed``:
+        for the requests that bring none. ``check``: compare a short forward with the model's own first.
         """
         if isinstance(model, (str, Path)):
             model, loaded = load(model)
@@ -81,14 +85,13 @@ class Engine:
             check=check,
             instruction=() if tokenizer is None else tokenizer.encode(INSTRUCTION, add_special_tokens=False),
         )
-        books, retainer = self._runner.manager, self._runner.cache.retainer
-        scheduler = Scheduler(
-            books,
+        books = self._runner.manager
+        scheduler = _scheduler(
+            self._runner,
             max_batched_tokens=max_batched_tokens,
             max_sequences=max_sequences,
             prefix_caching=prefix_caching,
-            rule=self.recipe.rule,
-            watches=0 if retainer is None else retainer.method.watches,
+            repeatable=repeatable,
         )
         self._core = EngineCore(self._runner, scheduler, tokenizer)
         capacity = Room(books, self.context, max_batched_tokens)
@@ -144,8 +147,8 @@ class Engine:
             raise RequestError("the engine is closed")
         tokens = self._intake.tokens(text)
         self._intake.check_length(tokens)
-        chunk = self._core.scheduler.max_batched_tokens
-        context = read_context(self._runner, self.recipe.rule, tokens, chunk, salt)
+        scheduler = self._core.scheduler
+        context = read_context(self._runner, scheduler.chunking, tokens, scheduler.max_batched_tokens, salt)
         self._contexts.add(context)
         return context
 
@@ -343,6 +346,15 @@ def _context(geometry: Geometry, max_length: int | None) -> int:
             why=f"a whole number from 2 to the model's context of {geometry.max_positions} is needed",
         )
     return max_length
+
+
+def _scheduler(runner: ModelRunner, *, repeatable: bool | None, **options: Any) -> Scheduler:
+    """The scheduler of a runner's cache; ``options``: the others of `Scheduler`."""
+    books, retainer = runner.manager, runner.cache.retainer
+    if repeatable is None:
+        repeatable = any(group.seals for group in books.groups)
+    watches = 0 if retainer is None else retainer.method.watches
+    return Scheduler(books, rule=runner.cache.recipe.rule, watches=watches, repeatable=repeatable, **options)
 
 
 def _default_budget(

@@ -105,6 +105,10 @@ class ModelRunner:
             self.manager.adopt(seq, tokens, hit, salt)
         return hit
 
+    def expect(self, seq: int, length: int) -> None:
+        """A sequence is on its way to ``length`` tokens; see `CacheManager.expect`."""
+        self.manager.expect(seq, length)
+
     def fork(self, seq: int) -> int:
         """A sequence that shares every block of ``seq``."""
         return self.cache.fork(seq)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from kvfold.engine.chunks import Chunking
 from kvfold.engine.state import Branch, Status
 from kvfold.errors import RequestError
 from kvfold.memory.manager import CacheManager, Demand, PoolKey
@@ -78,12 +79,10 @@ class Scheduler:
         prefix_caching: bool = True,
         rule: KeepRule | None = None,
         watches: int | None = 0,
+        repeatable: bool = False,
     ) -> None:
-        """``max_batched_tokens``: tokens of a step; ``max_sequences``: sequences that run at once. ``rule``: when
-        retention runs; None: never. No chunk crosses such a point, so that where it runs hangs on the request alone.
-        ``watches``: see `RetentionMethod.watches`.
-
-        ``prefix_caching``: whether it pays to wait for a prefix that another prompt is about to compute.
+        """``max_batched_tokens``: tokens of a step; ``max_sequences``: sequences that run at once. ``rule``,
+        ``watches``, ``prefix_caching``, ``repeatable``: see `Chunking`.
         """
         if max_sequences < 1 or max_batched_tokens < max_sequences:
             raise RequestError(
@@ -94,10 +93,16 @@ class Scheduler:
         self.max_batched_tokens = max_batched_tokens
         self.max_sequences = max_sequences
         self._books = books
-        self._prefix_caching = prefix_caching
         self._rule = rule
-        self._watches = watches
         self._block_size = books.block_size
+        self.chunking = Chunking(
+            groups=books.groups,
+            block_size=books.block_size,
+            rule=rule,
+            watches=watches,
+            prefix_caching=prefix_caching,
+            repeatable=repeatable,
+        )
         self._token_demand = _worst_token(books)
         self._running: list[Branch] = []
         self._waiting: deque[Branch] = deque()
@@ -232,21 +237,16 @@ class Scheduler:
         now.
         """
         size = self._block_size
-        if not self._prefix_caching or branch.request.shared or branch.request.salt != other.request.salt:
+        if not self.chunking.prefix_caching or branch.request.shared or branch.request.salt != other.request.salt:
             return False
         if branch.tokens[:size] != other.tokens[:size]:
             return False
-        most = min(self._findable(len(other.tokens)), (len(branch.tokens) - 1) // size * size)
+        final = self.chunking.final(self.expected(other, 0))
+        most = min(final, self._shareable(branch))
         shared = range(size, most + 1, size)
         # How many blocks the two have in common, by bisection: a comparison of slices is fast, one of tokens is not.
         blocks = bisect_left(shared, True, key=lambda end: branch.tokens[:end] != other.tokens[:end])
-        return blocks * size > max(cached, self._findable(other.computed))
-
-    def _findable(self, length: int) -> int:
-        """Tokens at the start of a sequence of ``length`` tokens whose blocks are final, so that others find them."""
-        size = self._block_size
-        whole = length // size * size
-        return min([whole, *(g.packed_end(length, size) * size for g in self._books.groups if g.seals)])
+        return blocks * size > max(cached, min(final, other.computed // size * size))
 
     def _cached(self, branch: Branch) -> int:
         """Tokens at the start of a waiting branch that need not be computed."""
@@ -260,18 +260,14 @@ class Scheduler:
         """
         if branch.request.shared is not None:
             return self._books.demand_fork(branch.request.shared.seq, count)
-        return self._books.demand_for(cached, count, tokens=branch.tokens, salt=branch.request.salt)
+        return self._books.demand_for(
+            cached, count, expected=self.expected(branch, cached), tokens=branch.tokens, salt=branch.request.salt
+        )
 
     def _part(self, branch: Branch, start: int, budget: int) -> Work:
-        """The tokens of a branch to compute now: all that are left or, where it comes before, as many as there are to
-        the next retention point, or as the budget holds, to the end of a block.
-        """
-        point = self._next_point(branch, start)
-        end = len(branch.tokens) if point is None else min(point, len(branch.tokens))
-        if end - start <= budget:
-            return self._work(branch, start, end - start)
-        whole = (start + budget) // self._block_size * self._block_size - start
-        return self._work(branch, start, whole if whole > 0 else budget)
+        """The next chunk of a branch, of at most ``budget`` tokens."""
+        end = self.chunking.end(start, len(branch.tokens), branch.request.context, budget)
+        return self._work(branch, start, end - start)
 
     def _work(self, branch: Branch, start: int, count: int) -> Work:
         point = self._next_point(branch, start)
@@ -281,20 +277,22 @@ class Scheduler:
     # -- retention
 
     def shareable(self, branch: Branch) -> Sequence[int]:
-        """The tokens whose blocks a branch may take from the prefix index: those before the first retention point, so
-        that it runs where it would run without the index, less what its method has to observe.
-        """
-        point = self._next_point(branch, 0)
-        if point is None:
-            return branch.tokens
-        return branch.tokens[: 0 if self._watches is None else max(0, point - self._watches)]
+        """The tokens whose blocks a branch may take from the prefix index, and one more, which it computes anyway."""
+        return branch.tokens[: self._shareable(branch) + 1]
+
+    def _shareable(self, branch: Branch) -> int:
+        return self.chunking.shareable(len(branch.tokens), branch.request.context)
+
+    def expected(self, branch: Branch, start: int) -> int:
+        """The length up to which a branch is read from ``start`` on before retention changes what is stored."""
+        return self.chunking.expected(start, len(branch.tokens), branch.request.context)
 
     def retains_after(self, branch: Branch, length: int) -> bool:
         """Whether retention will run again on a branch beyond ``length`` tokens."""
         return self._next_point(branch, length) is not None
 
     def _next_point(self, branch: Branch, start: int) -> int | None:
-        return None if self._rule is None else self._rule.next_point(start, branch.request.context)
+        return self.chunking.next_point(start, branch.request.context)
 
     def _need(self, part: Work) -> Demand:
         """Blocks for a part of a running branch, and for what retention keeps after it."""

@@ -78,6 +78,7 @@ class SequenceState:
     """A sequence: its length, tables, open reservation, and the tokens and hashes by which its blocks are found."""
 
     __slots__ = (
+        "expected",
         "hashable",
         "hashes",
         "keeping",
@@ -93,6 +94,7 @@ class SequenceState:
 
     def __init__(self, tables: list[GroupTable], *, hashable: bool) -> None:
         self.length = 0
+        self.expected = 0  # the length it is on its way to: blocks packed there are packed as soon as they are whole
         self.tables = tables
         self.version = 0
         self.quiet_until = 0  # steps that end here or before change no block list, seal and share nothing

@@ -8,6 +8,7 @@ truth.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Final, NamedTuple
 
 from kvfold.formats import TABLE_ENTRY_BYTES, BlockCounts, block_counts
@@ -154,11 +155,15 @@ class Capacity:
             return _Peak(UNBOUNDED, None)
         base = (-(-(spec.recent + (window or 0)) // size) + sinks + 2) * size
         raw = packed = 0
-        for start in range(base, base + size):
+        # With a window, blocks that are packed ahead (see `plan_group`) or taken from the prefix index leave before the
+        # rule would have packed them: fewer raw ones, more packed ones.
+        for start, ahead in product(range(base, base + size), (False, True) if window is not None else (False,)):
             top = start + min(chunk, spec.recent + (window or 0) + 3 * size)
-            packed_end, live, there = spec.packed_end(start, size), spec.live(start, size), -(-start // size)
+            packed_end = start // size if ahead else spec.packed_end(start, size)
+            live, there = spec.live(start, size), -(-start // size)
             for end in range(max(start + 1, top - size + 1), top + 1):
-                plan = plan_group(spec, size, start=start, end=end, packed_end=packed_end)
+                expected = end + spec.recent + size if ahead else 0
+                plan = plan_group(spec, size, start=start, end=end, packed_end=packed_end, expected=expected)
                 old_packed = max(0, packed_end - max(live, sinks))
                 raw = max(raw, there - live - old_packed + plan.raw_blocks)
                 sealed = plan.direct_stop - plan.direct + plan.seal_stop - plan.seal

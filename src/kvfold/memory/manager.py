@@ -8,7 +8,6 @@ rolled back.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from kvfold.errors import RequestError
 from kvfold.formats import TABLE_ENTRY_BYTES
@@ -21,6 +20,7 @@ from kvfold.memory.pool import BlockPool
 from kvfold.memory.rehearsal import rehearse
 from kvfold.memory.reservation import NOTHING, Copy, Demand, Keeping, Reservation, Run, Seal, Unseal
 from kvfold.memory.table import GroupSpec, PoolKey, SeqId, State, TableView
+from kvfold.memory.usage import MemoryStats, Usage
 
 __all__ = [
     "CacheManager",
@@ -41,42 +41,6 @@ __all__ = [
 ]
 
 _REHEARSALS = 256  # answers of can_ever_fit that are remembered
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryStats:
-    """What has happened since the start. Tokens and blocks."""
-
-    query_tokens: int
-    """Prompt tokens of sequences that took blocks from the prefix index."""
-    hit_tokens: int
-    """Those of them that the index held."""
-    sealed_blocks: int
-    """Raw blocks that were packed (not those packed at once)."""
-    copied_blocks: int
-    """Copies on write."""
-    evictions: int
-    """Cached blocks given up for their room."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
-    """Where the memory is. Bytes, unless said otherwise."""
-
-    budget: int
-    """What may be used in all."""
-    arena: int
-    """What is allocated for blocks."""
-    in_use: int
-    """Referenced blocks and block tables."""
-    cached: int
-    """Unreferenced blocks that can still be found."""
-    lent: int
-    """Extents that pools hold."""
-    extents: int
-    """Extents in all, a count."""
-    extents_lent: int
-    """Extents that pools hold, a count."""
 
 
 class CacheManager:
@@ -138,6 +102,14 @@ class CacheManager:
     def create(self) -> SeqId:
         """A new, empty sequence."""
         return sharing.create(self._books)
+
+    def expect(self, seq: SeqId, length: int) -> None:
+        """A sequence is on its way to ``length`` tokens, those of its prompt: blocks that will be packed there are
+        packed as soon as they are whole, so that whatever was stored in earlier steps is read as it will be found
+        again.
+        """
+        state = self._books.settled(seq)
+        state.expected, state.quiet_until = length, 0
 
     def length(self, seq: SeqId) -> int:
         """Tokens of a sequence."""
@@ -202,14 +174,21 @@ class CacheManager:
         return steps.demand(self._books, self._books.state(seq), new_tokens)
 
     def demand_for(
-        self, length_before: int, new_tokens: int, *, tokens: Sequence[int] | None = None, salt: bytes = b""
+        self,
+        length_before: int,
+        new_tokens: int,
+        *,
+        expected: int = 0,
+        tokens: Sequence[int] | None = None,
+        salt: bytes = b"",
     ) -> Demand:
-        """The demand of a sequence that does not exist yet and will have adopted ``length_before`` tokens. Pure.
+        """The demand of a sequence that does not exist yet, will have adopted ``length_before`` tokens, and is on its
+        way to ``expected`` (see `expect`). Pure.
 
         With ``tokens`` (the prompt), the cached blocks it will adopt count as taken; without, they do not.
         """
         books = self._books
-        need = steps.demand_of_new(books, length_before, new_tokens)
+        need = steps.demand_of_new(books, length_before, new_tokens, expected)
         if tokens is not None and length_before:
             need = need + sharing.pins(books, sharing.find(books, tokens, salt, exactly=length_before))
         return need

@@ -20,6 +20,7 @@ def rehearse(books: Books, total_tokens: int, chunk: int, prompt: int) -> bool:
         point = None if rule is None else rule.next_point(state.length, prompt)
         end = total_tokens if point is None else min(total_tokens, point)
         quiet = (min(state.quiet_until, end) - state.length) // chunk * chunk
+        state.expected = min(end, prompt) if state.length < prompt else 0
         step = min(max(chunk, quiet), end - state.length)  # steps that change nothing are one
         if not books.fits(steps.demand(books, state, step)):
             return False

@@ -166,11 +166,16 @@ class GroupPlan(NamedTuple):
         return self.stop - self.new - (self.direct_stop - self.direct)
 
 
-def plan_group(spec: GroupSpec, block_size: int, *, start: int, end: int, packed_end: int, first: int = 0) -> GroupPlan:
-    """The plan for a group whose packed blocks end at ``packed_end``; those before ``first`` are gone. Pure."""
+def plan_group(
+    spec: GroupSpec, block_size: int, *, start: int, end: int, packed_end: int, first: int = 0, expected: int = 0
+) -> GroupPlan:
+    """The plan for a group whose packed blocks end at ``packed_end``; those before ``first`` are gone. ``expected``:
+    the length the sequence is on its way to; what is packed there is packed as soon as it is whole. Pure.
+    """
     there, stop = -(-start // block_size), -(-end // block_size)
     live = max(first, spec.live(end, block_size))
-    packed_after = max(packed_end, spec.packed_end(end, block_size))
+    ahead = min(spec.packed_end(expected, block_size), end // block_size) if expected > end else 0
+    packed_after = max(packed_end, spec.packed_end(end, block_size), ahead)
     sink_end = spec.sink_end(block_size)
     new = min(max(there, live), stop)
     direct = max(new, sink_end)

@@ -133,7 +133,7 @@ def fork(books: Books, seq: SeqId) -> SeqId:
     if not books.entries_fit(entries):
         raise CacheFullError("the block tables are full", why=f"at most {books.max_entries} entries")
     child = SequenceState([table.copy() for table in state.tables], hashable=state.hashable)
-    child.length, child.salt = state.length, state.salt
+    child.length, child.expected, child.salt = state.length, state.expected, state.salt
     child.tokens, child.hashes = state.tokens[:], state.hashes[:]
     for group, table in enumerate(state.tables):
         for index, block in table.blocks():
@@ -182,7 +182,7 @@ def truncate(books: Books, seq: SeqId, length: int) -> tuple[Unseal, ...]:
         table.view = None
     allowance = books.allowance(need)
     unseals = [_unseal(books, state, group, allowance) for group in cut]
-    state.length = length
+    state.length, state.expected = length, min(state.expected, length)
     del state.tokens[length:]
     del state.hashes[length // size :]
     if books.prefix_caching and len(state.tokens) == length and not any(table.gap for table in state.tables):

@@ -34,13 +34,15 @@ def demand(books: Books, state: SequenceState, new_tokens: int) -> Demand:
     return _demand_of(books, state, _plan(books, state, new_tokens))
 
 
-def demand_of_new(books: Books, length_before: int, new_tokens: int) -> Demand:
-    """As `demand`, for a sequence that will have adopted ``length_before`` tokens (whole blocks)."""
+def demand_of_new(books: Books, length_before: int, new_tokens: int, expected: int = 0) -> Demand:
+    """As `demand`, for a sequence that will have adopted ``length_before`` tokens (whole blocks), on its way to
+    ``expected`` ones.
+    """
     size, blocks, entries = books.block_size, dict[PoolKey, int](), 0
     for group, spec in enumerate(books.specs):
         packed_end = length_before // size if spec.seals else 0
         end = length_before + new_tokens
-        plan = plan_group(spec, size, start=length_before, end=end, packed_end=packed_end)
+        plan = plan_group(spec, size, start=length_before, end=end, packed_end=packed_end, expected=expected)
         blocks[group, "raw"] = plan.raw_blocks
         blocks[group, "packed"] = plan.direct_stop - plan.direct
         entries += plan.stop - plan.new
@@ -50,7 +52,9 @@ def demand_of_new(books: Books, length_before: int, new_tokens: int) -> Demand:
 def _plan(books: Books, state: SequenceState, new_tokens: int) -> list[GroupPlan]:
     start, end, size = state.length, state.length + new_tokens, books.block_size
     return [
-        plan_group(spec, size, start=start, end=end, packed_end=table.packed_end, first=table.first)
+        plan_group(
+            spec, size, start=start, end=end, packed_end=table.packed_end, first=table.first, expected=state.expected
+        )
         for spec, table in zip(books.specs, state.tables, strict=True)
     ]
 
