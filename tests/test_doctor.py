@@ -134,7 +134,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def bare_python(bare: dict[str, str], code: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-S", "-c", code]
-    return subprocess.run(command, env=bare, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, env=bare, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_without_the_extension_it_says_how_to_get_it(bare: dict[str, str]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 import threading
 from dataclasses import replace
 
@@ -24,6 +26,17 @@ FLOATS, CODES = 2e-5, 1e-3
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 native = pytest.mark.skipif(cpu.available() is not None, reason=f"not built: {cpu.available()}")
+
+
+def test_the_extension_is_there_where_it_can_be() -> None:
+    """A mistake in csrc must not show as skipped tests. ``KVFOLD_TEST_NATIVE``: 1 where the extension has to be there,
+    0 where it may lack; unset, it has to be there if the machine has a C++ compiler.
+    """
+    wanted = os.environ.get("KVFOLD_TEST_NATIVE", "1" if any(map(shutil.which, ("c++", "g++", "clang++"))) else "0")
+    if wanted == "0":
+        pytest.skip("no C++ compiler here, or the extension is not asked for")
+    hint = "see why the build fails: pip install -v --no-deps -e . (KVFOLD_TEST_NATIVE=0 runs the tests without it)"
+    assert cpu.available() is None, f"the native extension is missing: {cpu.available()}; {hint}"
 
 
 def side(storage: str, dim: int, dtype: torch.dtype) -> VectorFormat:

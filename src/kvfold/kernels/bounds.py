@@ -44,7 +44,8 @@ class BoundsCall:
 
 def bound(call: BoundsCall) -> Tensor:
     """The bounds ``[n, Hkv, P]``, float32, in plain torch."""
-    # max(q least, q greatest) = min(q, 0) least + max(q, 0) greatest: one product over both.
+    # max(q least, q greatest) = min(q, 0) least + max(q, 0) greatest: one product over both. Each page is summed up for
+    # itself: a matrix product rounds by where a page stands, so that equal pages would not have equal bounds.
     q = torch.cat((call.q.clamp_max(0), call.q.clamp_min(0)), dim=-1)
     n, heads, pages = call.addr.shape
     there = call.addr >= 0
@@ -53,7 +54,7 @@ def bound(call: BoundsCall) -> Tensor:
     parts = []
     for first in range(0, pages, span):
         bounds = call.read(addr[..., first : first + span]).flatten(-2).float()
-        parts.append(torch.matmul(bounds, q.mT).amax(-1))
+        parts.append(torch.stack([(bounds * row[..., None, :]).sum(-1) for row in q.unbind(-2)]).amax(0))
     logits = torch.cat(parts, dim=-1) * call.scale if parts else addr.float()
     logits = logits.masked_fill(logits.isnan(), torch.inf)
     if call.softcap is not None:

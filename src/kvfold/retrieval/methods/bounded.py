@@ -93,7 +93,7 @@ class Bounded(RetrievalMethod):
         # Pages are counted as they are there: lists that neighbours have made longer draw the same.
         key = there.cumsum(-1) + (torch.arange(heads, device=device) << 32)[:, None]
         draw = _mixed(key ^ _mixed(view.positions + (view.layer << 40) + (self.seed << 50))[:, None, None])
-        order = draw.masked_fill(~free, torch.iinfo(torch.int64).max).argsort(dim=-1)
+        order = draw.masked_fill(~free, torch.iinfo(torch.int64).max).argsort(dim=-1, stable=True)
         count = free.sum(-1)
         gone = torch.arange(pages, device=device) >= count[..., None]
         return order.masked_fill(gone, -1), count
