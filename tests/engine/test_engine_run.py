@@ -203,7 +203,7 @@ def test_without_max_tokens_the_context_or_the_cache_ends_it(model: Any) -> None
         ([5, 1.5], SamplingParams(), "whole number"),
         ("text", SamplingParams(), "no tokenizer"),
         ([{"role": "user", "content": "x"}], SamplingParams(), "no tokenizer"),
-        (5, SamplingParams(), "prompt of type int"),
+        (5, SamplingParams(), "it is of type int"),
         ([5], SamplingParams(n=65), "n=65"),
         ([5], SamplingParams(stop=("x",)), "no tokenizer"),
         ([5], SamplingParams(stop_token_ids=(VOCAB,)), "vocabulary"),

@@ -12,8 +12,6 @@ from kvfold.engine import Engine, SamplingParams
 from kvfold.errors import RequestError
 from tests.engine.tiny_engine import byte_tokenizer, engine_of, tiny_model
 
-pytestmark = pytest.mark.xfail(strict=False, reason="issue 11, C.10: what is wrong with a prompt is not said")
-
 ONE = SamplingParams(max_tokens=1)
 
 
@@ -89,8 +87,9 @@ def test_what_is_clear_is_taken(engine: Engine, given: Any, wanted: list[list[in
     ],
 )
 def test_what_is_not_is_refused_by_its_place(engine: Engine, given: Any, said: str) -> None:
-    with pytest.raises(RequestError, match=f"(?s){said}") as caught:
+    with pytest.raises(RequestError) as caught:
         engine.generate(given, ONE)
+    assert all(part in str(caught.value) for part in said.split(".*")), str(caught.value)
     assert caught.value.why
     assert not engine.has_unfinished()
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvfold.cache import group_spec
 from kvfold.engine.contexts import Context, read_context
 from kvfold.engine.core import EngineCore
-from kvfold.engine.intake import Intake, Room, is_single
+from kvfold.engine.intake import Intake, Room
 from kvfold.engine.loading import available_memory, check_recipe, end_tokens, load
 from kvfold.engine.progress import ProgressLine
 from kvfold.engine.request import Prompt, RequestOutput, SamplingParams, StreamChunk
@@ -204,7 +204,7 @@ class Engine:
         request (NumericsError) leaves the others alone; it is raised when all are done, or with ``raise_errors=False``
         left in the output's ``error``.
         """
-        many: Sequence[Prompt] = [prompts] if is_single(prompts) else prompts  # type: ignore[list-item, assignment]
+        many = self._intake.several(prompts, behind_context=context is not None)
         wanted = params if isinstance(params, Sequence) else [params] * len(many)
         if len(wanted) != len(many):
             raise RequestError(f"{len(wanted)} sampling parameters for {len(many)} prompts")

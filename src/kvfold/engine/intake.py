@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from kvfold.engine.contexts import Context
 from kvfold.engine.detokenize import TextStream
+from kvfold.engine.prompts import PlainPrompt, plain, several
 from kvfold.engine.request import Prompt, SamplingParams, StreamChunk
 from kvfold.engine.sampling import RowSampler
 from kvfold.engine.state import Branch, Request
 from kvfold.errors import RequestError
 from kvfold.memory.manager import CacheManager
 
-__all__ = ["Intake", "Room", "is_single"]
+__all__ = ["Intake", "Room"]
 
 
 class Intake:
@@ -55,7 +56,7 @@ class Intake:
         """The request, with its first branch; RequestError says why it can never be served. ``shared``: the context
         that ``prompt`` goes on from.
         """
-        tokens = self.tokens(prompt) if shared is None else [*shared.tokens, *self._continuation(prompt)]
+        tokens = self.tokens(prompt) if shared is None else [*shared.tokens, *self._continued(plain(prompt))]
         if shared is not None and params.context_tokens is not None:
             raise RequestError("context_tokens beside a shared context", why="that is the context", hint="leave it out")
         context = len(shared.tokens) if shared is not None else params.context_tokens or len(tokens)
@@ -90,24 +91,28 @@ class Intake:
 
     def tokens(self, prompt: Prompt) -> list[int]:
         """Token ids of a text (with the tokenizer's special tokens), of chat messages, or as they are."""
-        if isinstance(prompt, str):
-            return self._checked(self._need("a text").encode(prompt))
-        if not isinstance(prompt, Sequence):
-            raise RequestError(
-                f"bad prompt of type {type(prompt).__name__}", hint="a text, token ids, or chat messages"
-            )
-        if prompt and all(isinstance(item, Mapping) for item in prompt):
-            return self._checked(self._chat([dict(item) for item in prompt if isinstance(item, Mapping)]))
-        return self._checked(prompt)
+        return self._ids(plain(prompt))
 
-    def _continuation(self, prompt: Prompt) -> list[int]:
+    def several(self, prompts: Prompt | Sequence[Prompt], *, behind_context: bool = False) -> list[list[int]]:
+        """Token ids of one prompt or of several, each as `tokens`; or as what stands behind a shared context."""
+        ids = self._continued if behind_context else self._ids
+        return [ids(prompt, name) for name, prompt in several(prompts)]
+
+    def _ids(self, prompt: PlainPrompt, name: str = "the prompt") -> list[int]:
+        if isinstance(prompt, str):
+            return self._checked(self._need("a text").encode(prompt), name)
+        if isinstance(prompt[0], dict):
+            return self._checked(self._chat(prompt), name)
+        return self._checked(prompt, name)
+
+    def _continued(self, prompt: PlainPrompt, name: str = "the prompt") -> list[int]:
         """Token ids of what stands behind a context: a text without special tokens, or ids."""
         if isinstance(prompt, str):
-            return self._checked(self._need("a text").encode(prompt, add_special_tokens=False))
-        if prompt and all(isinstance(item, Mapping) for item in prompt):
+            return self._checked(self._need("a text").encode(prompt, add_special_tokens=False), name)
+        if isinstance(prompt[0], dict):
             hint = "render the chat yourself and give what follows the context as a text or as token ids"
             raise RequestError("chat messages behind a shared context", why="a template renders whole chats", hint=hint)
-        return self.tokens(prompt)
+        return self._ids(prompt, name)
 
     def _chat(self, messages: list[dict[str, Any]]) -> Any:
         tokenizer = self._need("chat messages")
@@ -123,18 +128,14 @@ class Intake:
             raise RequestError(f"{what} as a prompt", why="the engine has no tokenizer", hint="give token ids")
         return self._tokenizer
 
-    def _checked(self, tokens: Sequence[Any]) -> list[int]:
-        """``tokens`` as plain ints, each within the vocabulary."""
-        if not tokens:
-            raise RequestError("empty prompt", why="there is no token to go on from")
-        ids: list[int] = []
-        for token in tokens:
-            if isinstance(token, bool) or not hasattr(token, "__index__"):
-                raise RequestError(f"bad token id {token!r} in a prompt", why="a whole number is needed")
-            ids.append(token.__index__())
+    def _checked(self, ids: list[int], name: str) -> list[int]:
+        """``ids``, each within the vocabulary."""
+        if not ids:
+            raise RequestError(f"empty prompt ({name})", why="there is no token to go on from")
         if not 0 <= min(ids) <= max(ids) < self._vocab:
             wrong = next(token for token in ids if not 0 <= token < self._vocab)
-            raise RequestError(f"bad token id {wrong} in a prompt", why=f"the vocabulary has {self._vocab} tokens")
+            why = f"the vocabulary has {self._vocab} tokens"
+            raise RequestError(f"bad token id {wrong} in {name}", why=why)
         return ids
 
     def check_length(self, tokens: Sequence[int]) -> int:
@@ -186,13 +187,6 @@ class Intake:
             include_stop=params.include_stop_str_in_output,
             skip_special_tokens=params.skip_special_tokens,
         )
-
-
-def is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
-    """Whether ``prompts`` is one prompt rather than several: a text, token ids, or chat messages."""
-    return isinstance(prompts, str) or (
-        len(prompts) > 0 and all(isinstance(item, (int, Mapping)) or hasattr(item, "__index__") for item in prompts)
-    )
 
 
 class Room:
