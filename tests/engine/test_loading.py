@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from kvfold.engine import Engine, SamplingParams, loading
 from kvfold.engine.loading import available_memory, end_tokens, load
@@ -36,6 +37,24 @@ def test_a_directory_without_a_model_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="cannot load"):
         load(tmp_path)
+
+
+@pytest.mark.xfail(strict=False, reason="issue 11, C.11: a folder without a tokenizer ends in 'empty prompt'")
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("others", [(), ("tokenizer_config.json", "chat_template.jinja", "generation_config.json")])
+def test_a_directory_without_a_tokenizer_is_named(tmp_path: Path, family: str, others: tuple[str, ...]) -> None:
+    """Some classes make an empty tokenizer of nothing, under which every text is an empty prompt; others fail oddly."""
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=50))
+    (tiny_model() if family == "llama" else gpt2).save_pretrained(tmp_path)
+    for name in others:
+        (tmp_path / name).write_text("{}")
+    for start in (load, Engine):
+        with pytest.raises(ModelError, match="no tokenizer") as error:
+            start(tmp_path)
+        assert error.value.why is not None
+        assert "tokenizer.json" in error.value.why
+        assert error.value.hint is not None
+        assert "tokenizer=" in error.value.hint
 
 
 def test_what_the_hub_does_not_have_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
