@@ -16,7 +16,7 @@ from kvfold.cache import group_spec
 from kvfold.engine.contexts import Context, read_context
 from kvfold.engine.core import EngineCore
 from kvfold.engine.intake import Intake, Room
-from kvfold.engine.loading import available_memory, check_recipe, end_tokens, load
+from kvfold.engine.loading import available_memory, check_recipe, end_tokens, load, load_model
 from kvfold.engine.progress import ProgressLine
 from kvfold.engine.request import Prompt, RequestOutput, SamplingParams, StreamChunk
 from kvfold.engine.runner import ModelRunner
@@ -68,8 +68,7 @@ class Engine:
         for the requests that bring none. ``check``: compare a short forward with the model's own first.
         """
         if isinstance(model, (str, Path)):
-            model, loaded = load(model)
-            tokenizer = tokenizer or loaded
+            model, tokenizer = load(model) if tokenizer is None else (load_model(model), tokenizer)
         geometry = Geometry.from_config(model.config)
         self.context = _context(geometry, max_length)
         self.recipe = check_recipe(recipe, model)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Final
@@ -17,10 +18,31 @@ from kvfold.geometry import Geometry
 from kvfold.recipe import Recipe
 from kvfold.retention.build import refusals
 
-__all__ = ["BUNDLED", "available_memory", "available_recipes", "check_recipe", "end_tokens", "load", "parse_recipes"]
+__all__ = [
+    "BUNDLED",
+    "available_memory",
+    "available_recipes",
+    "check_recipe",
+    "end_tokens",
+    "load",
+    "load_model",
+    "parse_recipes",
+]
 
 BUNDLED: Final = "bundled"
 """The name of the small model that comes with the package."""
+
+_VOCABULARIES: Final = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "*vocab*",
+    "*.model",
+    "*.tiktoken",
+    "*.bpe",
+    "tekken.json",
+    "tokenization_*.py",
+)
+"""Files that a tokenizer is made of, whatever its class."""
 
 _MEMINFO: Final = Path("/proc/meminfo")
 _CGROUP: Final = Path("/sys/fs/cgroup")
@@ -32,12 +54,36 @@ def load(
     """The causal language model and the tokenizer at ``path``: ``"bundled"``, a directory, or a hub id.
 
     ``dtype``: of the weights; None keeps the saved one. ``device``: None takes the GPU if there is one. The model is in
-    evaluation mode. ModelError if there is none, or it cannot be loaded.
+    evaluation mode. ModelError if there is none, or it cannot be loaded, or has no tokenizer beside it.
     """
     where = _resolve(path)
-    try:
+    _look_for_tokenizer(where)
+    with _said_in_a_line(path):
         tokenizer = AutoTokenizer.from_pretrained(where)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype="auto" if dtype is None else dtype)
+    if not tokenizer.vocab_size:  # some classes make an empty one of whatever lies there
+        raise _no_tokenizer(str(path), "what is there has no vocabulary")
+    return load_model(path, dtype=dtype, device=device), tokenizer
+
+
+def load_model(
+    path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> PreTrainedModel:
+    """The model at ``path`` without a tokenizer; otherwise as `load`."""
+    where = _resolve(path)
+    with _said_in_a_line(path):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(where, dtype="auto" if dtype is None else dtype)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)  # type: ignore[arg-type] # transformers' decorator hides the signature of torch's `to`
+    model.eval()
+    return model
+
+
+@contextmanager
+def _said_in_a_line(path: str | Path) -> Iterator[None]:
+    """ModelError with the first line of what the libraries say about ``path``."""
+    try:
+        yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
@@ -45,10 +91,6 @@ def load(
             why=first_line,
             hint="name a directory with config.json, weights and tokenizer, a hub id, or 'bundled'",
         ) from error
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device)  # type: ignore[arg-type] # transformers' decorator hides the signature of torch's `to`
-    return model.eval(), tokenizer
 
 
 def _resolve(path: str | Path) -> str:
@@ -68,6 +110,21 @@ def _resolve(path: str | Path) -> str:
             f"no model at {text!r}", why="no such directory", hint="give a directory, a hub id, or 'bundled'"
         )
     return text
+
+
+def _look_for_tokenizer(where: str) -> None:
+    """ModelError if the directory ``where`` has no file that a tokenizer is made of; a hub id is not looked at."""
+    folder = Path(where)
+    if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in _VOCABULARIES):
+        raise _no_tokenizer(where, f"the directory has none of {', '.join(_VOCABULARIES)}")
+
+
+def _no_tokenizer(where: str, why: str) -> ModelError:
+    hint = (
+        "copy the tokenizer's files there (tokenizer.save_pretrained), give one to Engine(path, tokenizer=...), "
+        "or load the model yourself: Engine(model) takes prompts of token ids"
+    )
+    return ModelError(f"no tokenizer for the model {where!r}", why=why, hint=hint)
 
 
 def parse_recipes(texts: Sequence[str], model: PreTrainedModel) -> dict[str, Recipe]:
