@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from kvfold.cache import PagedCache, SequenceWork, Step
 from kvfold.errors import ModelError, UnsupportedError
 from kvfold.geometry import Geometry
-from kvfold.modeling import STEP_KEYWORD, AttentionSwitch, ModelStep, RopeGuard, StepCache
+from kvfold.modeling import STEP_KEYWORD, AttentionSwitch, ModelStep, StepCache
 from kvfold.recipe import Recipe
+from kvfold.rotary import RopeGuard
 
 __all__ = ["PackedModel", "check_model"]
 
