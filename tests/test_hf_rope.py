@@ -18,33 +18,6 @@ from tests.rotary_models import CONFIGS, LIMIT, READ_AGAIN, right_logits, rotary
 
 MODELS = {name: rotary_model(name) for name in CONFIGS}
 NEAR = 2e-3
-RIGHT: frozenset[str] = frozenset(
-    (
-        "test_greedy_over_the_limit[35-dynamic]",
-        "test_greedy_over_the_limit[40-dynamic]",
-        "test_greedy_over_the_limit[41-llama]",
-        "test_greedy_over_the_limit[41-gemma3]",
-        "test_greedy_over_the_limit[41-dynamic]",
-        "test_greedy_over_the_limit[60-llama]",
-        "test_greedy_over_the_limit[60-gemma3]",
-        "test_greedy_over_the_limit[60-dynamic]",
-        "test_the_recipe_keeps_applying[60-llama]",
-        "test_the_recipe_keeps_applying[60-gemma3]",
-        "test_candidates_that_are_rolled_back[34-llama]",
-        "test_candidates_that_are_rolled_back[39-llama]",
-        "test_candidates_that_are_rolled_back[39-gemma3]",
-        "test_candidates_that_are_rolled_back[49-llama]",
-        "test_candidates_that_are_rolled_back[49-gemma3]",
-    )
-)
-"""What was right before."""
-
-
-@pytest.fixture(autouse=True)
-def _fails(request: pytest.FixtureRequest) -> None:
-    if request.node.name not in RIGHT:
-        reason = "issue 11, A.1: keys keep the rotary factors of the forward that wrote them"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
 
 
 def generate(model: PreTrainedModel, ids: Tensor, cache: KVCache | None, count: int, **more: Any) -> Any:

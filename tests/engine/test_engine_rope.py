@@ -21,15 +21,6 @@ from tests.rotary_models import CONFIGS, LIMIT, READ_AGAIN, right_logits, rotary
 
 MODELS = {name: rotary_model(name) for name in CONFIGS}
 TOLERANCE = 2e-3  # nats; a wrong factor costs whole ones
-RIGHT: frozenset[str] = frozenset()
-"""What was right before."""
-
-
-@pytest.fixture(autouse=True)
-def _fails(request: pytest.FixtureRequest) -> None:
-    if request.node.name not in RIGHT:
-        reason = "issue 11, A.1: keys keep the rotary factors of the forward that wrote them"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
 
 
 def greedy(count: int, **more: Any) -> SamplingParams:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kvfold.engine.runner import ModelRunner, SeqWork
 from kvfold.errors import UnsupportedError
+from kvfold.rotary import Lengths
 from kvfold.rule import KeepRule
 
 __all__ = ["Context", "read_context"]
@@ -15,12 +16,14 @@ __all__ = ["Context", "read_context"]
 @dataclass(frozen=True, slots=True, eq=False)
 class Context:
     """A text that an engine holds for requests to begin with: its ``tokens``, and the sequence of the cache that keeps
-    their blocks. Only requests of the same ``salt`` may have it.
+    their blocks. Only requests of the same ``salt`` may have it, and go on from it as long as their rotary factors are
+    those ``factors``; longer ones read its tokens again.
     """
 
     tokens: tuple[int, ...]
     seq: int
     salt: bytes
+    factors: bytes = b""
 
 
 def read_context(runner: ModelRunner, rule: KeepRule | None, tokens: Sequence[int], chunk: int, salt: bytes) -> Context:
@@ -34,17 +37,20 @@ def read_context(runner: ModelRunner, rule: KeepRule | None, tokens: Sequence[in
         why = "its retention chooses by the queries of a request, so that every request needs a choice of its own"
         hint = "take a query-agnostic method: kvzip, learned, keydiff, duo"
         raise UnsupportedError(f"a shared context under {runner.cache.recipe}", why=why, hint=hint)
+    lengths = Lengths(len(tokens), len(tokens))
+    salted = runner.rotary.salted(salt, lengths)
     seq = runner.create()
     try:
         start = 0
         while start < len(tokens):
             point = None if rule is None else rule.next_point(start, len(tokens))
             end = min(len(tokens), start + chunk, point or len(tokens))
-            runner.execute([SeqWork(seq, tokens[start:end], start, salt, end == len(tokens))])
+            last = end == len(tokens)
+            runner.execute([SeqWork(seq, tokens[start:end], start, salted, last, lengths=lengths)])
             if end == point:
                 runner.retain(seq, tokens[:end])
             start = end
     except BaseException:
         runner.free(seq)
         raise
-    return Context(tuple(tokens), seq, salt)
+    return Context(tuple(tokens), seq, salt, runner.rotary.key(lengths))

@@ -15,6 +15,7 @@ from kvfold.engine.sampling import RowSampler
 from kvfold.engine.state import Branch, Request
 from kvfold.errors import RequestError
 from kvfold.memory.manager import CacheManager
+from kvfold.rotary import NO_ROTARY_LENGTHS, RotaryLengths
 
 __all__ = ["Intake", "Room", "is_single"]
 
@@ -32,6 +33,7 @@ class Intake:
         *,
         end_ids: frozenset[int],
         seed: int,
+        rotary: RotaryLengths = NO_ROTARY_LENGTHS,
     ) -> None:
         self._tokenizer = tokenizer
         self._vocab = vocab
@@ -39,6 +41,7 @@ class Intake:
         self._capacity = capacity
         self._max_sequences = max_sequences
         self._end_ids = end_ids
+        self._rotary = rotary
         self._seeds = random.Random(seed)
         self._arrivals = 0
 
@@ -72,6 +75,7 @@ class Intake:
             end_ids=end_ids,
             on_chunk=on_chunk,
             shared=shared,
+            rotary=self._rotary,
         )
         self._arrivals += 1
         seed = params.seed if params.seed is not None or params.greedy else self._seeds.getrandbits(62)

@@ -19,6 +19,7 @@ from kvfold.packed import PackedModel, check_model
 from kvfold.recipe import Recipe
 from kvfold.replay import replay
 from kvfold.retention.build import refusals
+from kvfold.rotary import Lengths, RotaryLengths
 
 __all__ = ["ModelRunner", "SeqWork"]
 
@@ -26,7 +27,8 @@ __all__ = ["ModelRunner", "SeqWork"]
 @dataclass(frozen=True, slots=True)
 class SeqWork:
     """New ``tokens`` of sequence ``seq``, the first at position ``start``; ``sample``: the last one's logits are
-    wanted; ``watched``: retention will run on the sequence, after them or later.
+    wanted; ``watched``: retention will run on the sequence, after them or later. ``lengths``: what its rotary factors
+    follow from; None: the tokens so far, and as its prompt those of its first item.
     """
 
     seq: int
@@ -35,6 +37,7 @@ class SeqWork:
     salt: bytes
     sample: bool
     watched: bool = True
+    lengths: Lengths | None = None
 
 
 class ModelRunner:
@@ -68,6 +71,9 @@ class ModelRunner:
         )
         self._packed = PackedModel(model)
         self._instruction = tuple(instruction)
+        self.rotary = RotaryLengths.of(model)
+        """How the model's rotary factors depend on the length."""
+        self._lengths: dict[int, Lengths] = {}  # of each sequence, where they matter
 
     @property
     def manager(self) -> CacheManager:
@@ -97,10 +103,14 @@ class ModelRunner:
 
     def fork(self, seq: int) -> int:
         """A sequence that shares every block of ``seq``."""
-        return self.cache.fork(seq)
+        fork = self.cache.fork(seq)
+        if seq in self._lengths:
+            self._lengths[fork] = self._lengths[seq]
+        return fork
 
     def free(self, seq: int) -> None:
         """Ends a sequence."""
+        self._lengths.pop(seq, None)
         self.cache.free(seq)
 
     def retain(self, seq: int, tokens: Sequence[int], *, final: bool = False) -> bool:
@@ -109,7 +119,8 @@ class ModelRunner:
         """
         retainer = self.cache.retainer
         if retainer is not None and retainer.method.replays and retainer.would_drop(seq):
-            replay(self._packed, self.cache, seq, tokens, self._instruction, first=retainer.done_until(seq))
+            first, lengths = retainer.done_until(seq), self._lengths.get(seq)
+            replay(self._packed, self.cache, seq, tokens, self._instruction, first=first, lengths=lengths)
         return self.cache.retain(seq, final=final)
 
     def release(self) -> None:
@@ -120,6 +131,7 @@ class ModelRunner:
         """Runs ``work`` in one forward; float32 logits ``[n, V]`` of the items that sample, in order.
 
         Raises CacheFullError, with the cache as it was, if there is no room; any error of the forward leaves it so too.
+        UnsupportedError if the stored keys of a sequence are rotated by other factors than its new ones would be.
         """
         ends = np.cumsum([len(item.tokens) for item in work])
         return self._run(work, (ends - 1)[[item.sample for item in work]])
@@ -129,6 +141,7 @@ class ModelRunner:
         return self._run([item], np.arange(len(item.tokens)))
 
     def _run(self, work: Sequence[SeqWork], keep: np.ndarray) -> Tensor:
+        lengths = [self._lengths_of(item) for item in work] if self.rotary else None
         step = self.cache.begin([SequenceWork(item.seq, len(item.tokens), item.watched) for item in work])
         if any(item.start != r.start for item, r in zip(work, step.reservations, strict=True)):
             self.cache.abandon(step)
@@ -139,9 +152,24 @@ class ModelRunner:
             first = np.asarray([item.start for item in work]) - np.cumsum([0, *segments[:-1]])
             positions = np.arange(tokens.size) + np.repeat(first, segments)
             ids, at, rows = (torch.from_numpy(x).to(self.device) for x in (tokens, positions, keep))
-            logits = self._packed.forward(step, ids, at, rows, segments).float()
+            logits = self._packed.forward(step, ids, at, rows, segments, lengths).float()
             self.cache.commit(step, [item.tokens for item in work], [item.salt for item in work])
         except BaseException:
             self.cache.abandon(step)
             raise
+        if lengths is not None:
+            self._lengths.update(zip((item.seq for item in work), lengths, strict=True))
         return logits
+
+    def _lengths_of(self, item: SeqWork) -> Lengths:
+        held, end = self._lengths.get(item.seq), item.start + len(item.tokens)
+        lengths = item.lengths
+        if lengths is None:
+            lengths = Lengths(end, end) if held is None else Lengths(held.prompt, max(held.known, end))
+        if held is not None and self.rotary.key(held) != self.rotary.key(lengths):
+            raise UnsupportedError(
+                f"{len(item.tokens)} tokens from position {item.start} on",
+                why="the keys before them are rotated by other rotary factors, those of a sequence of another length",
+                hint="say how long the sequence will be, or read it again from its start",
+            )
+        return lengths
