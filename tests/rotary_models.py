@@ -43,6 +43,7 @@ def _longrope(dims: int, **more: Any) -> dict[str, Any]:
         "rope_type": "longrope",
         "rope_theta": 10000.0,
         "original_max_position_embeddings": LIMIT,
+        "attention_factor": 1.2,
         "short_factor": [1.0 + i / 10 for i in range(dims // 2)],
         "long_factor": [5.0 + i for i in range(dims // 2)],
         **more,
@@ -84,10 +85,18 @@ READ_AGAIN = ("phi3", "phimoe", "llama", "gemma3")
 """Those that read everything anew at the limit; dynamic NTK leaves the keys that are there as they are."""
 
 
-def rotary_model(name: str) -> PreTrainedModel:
-    """Float32, with weights large enough for attention to matter."""
+def rotary_model(name: str, *, limit: int = LIMIT) -> PreTrainedModel:
+    """Float32, with weights large enough for attention to matter. ``limit``: in place of `LIMIT`."""
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32).eval()
+    config = CONFIGS[name]()
+    if name == "dynamic":
+        config.max_position_embeddings = limit
+    else:
+        config.original_max_position_embeddings = limit
+        for part in (config.rope_parameters, *config.rope_parameters.values()):
+            if isinstance(part, dict) and "original_max_position_embeddings" in part:
+                part["original_max_position_embeddings"] = limit
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight in model.parameters():

@@ -76,6 +76,7 @@ class KVCache(Cache):
         self._tokens: list[list[int]] = []
         self._model = model
         self.factors = StoredFactors(model)
+        ReadAgain.put_on(model)
         self._hooks = _Hooks.on(model, check=check)
         self._pages = self._new_pages(model.dtype, model.device)
 
@@ -352,7 +353,6 @@ class _Hooks:
         self._open: list[KVCache] = []
         self._checked = False
         self._signature = inspect.signature(model.forward)
-        ReadAgain.put_on(model)
         model.register_forward_pre_hook(self.before, with_kwargs=True)
         model.register_forward_hook(self.after, with_kwargs=True, always_call=True)
 

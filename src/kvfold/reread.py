@@ -76,8 +76,9 @@ class ReadAgain:
     def put_on(cls, model: PreTrainedModel) -> None:
         """Puts it on a model whose factors change at a limit; does nothing to others."""
         target: Any = model
-        if RotaryLengths.of(model).limits and not isinstance(target.prepare_inputs_for_generation, cls):
-            target.prepare_inputs_for_generation = cls(target.prepare_inputs_for_generation)
+        prepare = getattr(target, "prepare_inputs_for_generation", None)
+        if prepare is not None and RotaryLengths.of(model).limits and not isinstance(prepare, cls):
+            target.prepare_inputs_for_generation = cls(prepare)
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The inputs of the next forward."""

@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
+from kvfold import KVCache
 from kvfold.engine import Engine, RequestOutput, SamplingParams
 from kvfold.engine.runner import ModelRunner, SeqWork
 from kvfold.errors import UnsupportedError
 from kvfold.quality.forced import teacher_force
 from kvfold.quality.lm_score import Scorer, Window
 from kvfold.recipe import Recipe
+from kvfold.rotary import Lengths
 from tests.engine.tiny_engine import assert_idle, drain, engine_of
 from tests.rotary_models import CONFIGS, LIMIT, READ_AGAIN, right_logits, rotary_model, stock_greedy, tokens_of
 
@@ -136,19 +138,7 @@ def test_preemption_gives_back_the_same_factors(name: str) -> None:
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_repeated_tokens_have_the_factors_of_the_sequence(name: str) -> None:
     """A method that has a short context repeated goes over the limit with its positions, and not with its factors."""
-    model, far = MODELS[name], rotary_model(name)
-    for module in far.modules():
-        config = getattr(module, "config", None)
-        if config is None:
-            continue
-        config.max_position_embeddings = 160
-        if name != "dynamic":
-            config.original_max_position_embeddings = 1000
-            for part in (config.rope_parameters, *config.rope_parameters.values()):
-                if isinstance(part, dict) and "original_max_position_embeddings" in part:
-                    part["original_max_position_embeddings"] = 1000
-        elif hasattr(module, "original_max_seq_len"):
-            module.original_max_seq_len = module.max_seq_len_cached = 1000
+    model, far = MODELS[name], rotary_model(name, limit=1000)
     recipe = "raw,block=4,sinks=4,recent=4+kvzip(keep=0.5)"
     found = []
     for each in (model, far):
@@ -174,6 +164,12 @@ def test_a_runner_refuses_to_change_the_factors_of_a_sequence() -> None:
     with pytest.raises(UnsupportedError, match="other rotary factors"):
         runner.execute([SeqWork(seq=fork, tokens=tokens[LIMIT:], start=LIMIT, salt=b"", sample=True)])
     assert runner.cache.length(seq) == LIMIT
+    long = runner.create()  # said to become long: it has other factors from the start, and its blocks another identity
+    item = SeqWork(seq=long, tokens=tokens[:32], start=0, salt=b"a", sample=True, lengths=Lengths.whole(LIMIT + 2))
+    runner.execute([item])
+    assert runner.manager.match(tokens, b"a") == 0
+    assert runner.manager.match(tokens, b"") == 32
+    assert runner.manager.match(tokens, runner.rotary.salted(b"a", Lengths(60, 70))) == 32
     runner.release()
 
 
@@ -241,3 +237,12 @@ def test_a_packed_cache_is_off_by_its_rounding_alone(name: str, length: int, bat
         (output,) = engine.generate([text], greedy(12), progress=False)
         assert engine.stats()["rope_rereads"] == (name in READ_AGAIN and length <= LIMIT)
     check(model, output, likeliest=False, tolerance=0.15)
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_the_check_at_load_knows_of_the_limit(name: str) -> None:
+    """Both faces take a model whose limit lies among the few tokens of the check."""
+    model = rotary_model(name, limit=6)
+    with engine_of(model, check=True, max_batched_tokens=4, max_sequences=2) as engine:
+        assert engine.generate([tokens_of(10)], greedy(2), progress=False)[0].error is None
+    KVCache(model)

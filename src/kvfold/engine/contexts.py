@@ -38,7 +38,6 @@ def read_context(runner: ModelRunner, rule: KeepRule | None, tokens: Sequence[in
         hint = "take a query-agnostic method: kvzip, learned, keydiff, duo"
         raise UnsupportedError(f"a shared context under {runner.cache.recipe}", why=why, hint=hint)
     lengths = Lengths(len(tokens), len(tokens))
-    salted = runner.rotary.salted(salt, lengths)
     seq = runner.create()
     try:
         start = 0
@@ -46,7 +45,7 @@ def read_context(runner: ModelRunner, rule: KeepRule | None, tokens: Sequence[in
             point = None if rule is None else rule.next_point(start, len(tokens))
             end = min(len(tokens), start + chunk, point or len(tokens))
             last = end == len(tokens)
-            runner.execute([SeqWork(seq, tokens[start:end], start, salted, last, lengths=lengths)])
+            runner.execute([SeqWork(seq, tokens[start:end], start, salt, last, lengths=lengths)])
             if end == point:
                 runner.retain(seq, tokens[:end])
             start = end

@@ -119,7 +119,7 @@ class EngineCore:
             if branch.seq is None:
                 raise RuntimeError("a branch in the plan holds no sequence")
             tokens = branch.tokens[start : start + chunk] if chunk > 1 else (branch.tokens[start],)
-            items.append(SeqWork(branch.seq, tokens, start, branch.salt, sampled, watched, branch.lengths))
+            items.append(SeqWork(branch.seq, tokens, start, branch.request.salt, sampled, watched, branch.lengths))
         try:
             logits = self.runner.execute(items)
         except CacheFullError as error:

@@ -28,7 +28,8 @@ __all__ = ["ModelRunner", "SeqWork"]
 class SeqWork:
     """New ``tokens`` of sequence ``seq``, the first at position ``start``; ``sample``: the last one's logits are
     wanted; ``watched``: retention will run on the sequence, after them or later. ``lengths``: what its rotary factors
-    follow from; None: the tokens so far, and as its prompt those of its first item.
+    follow from (None: the tokens so far, and as its prompt those of its first item); only sequences of the same ones
+    find its blocks under ``salt``, see `RotaryLengths.salted`.
     """
 
     seq: int
@@ -141,7 +142,10 @@ class ModelRunner:
         return self._run([item], np.arange(len(item.tokens)))
 
     def _run(self, work: Sequence[SeqWork], keep: np.ndarray) -> Tensor:
-        lengths = [self._lengths_of(item) for item in work] if self.rotary else None
+        lengths, salts = None, [item.salt for item in work]
+        if self.rotary:
+            lengths = [self._lengths_of(item) for item in work]
+            salts = [self.rotary.salted(*pair) for pair in zip(salts, lengths, strict=True)]
         step = self.cache.begin([SequenceWork(item.seq, len(item.tokens), item.watched) for item in work])
         if any(item.start != r.start for item, r in zip(work, step.reservations, strict=True)):
             self.cache.abandon(step)
@@ -153,7 +157,7 @@ class ModelRunner:
             positions = np.arange(tokens.size) + np.repeat(first, segments)
             ids, at, rows = (torch.from_numpy(x).to(self.device) for x in (tokens, positions, keep))
             logits = self._packed.forward(step, ids, at, rows, segments, lengths).float()
-            self.cache.commit(step, [item.tokens for item in work], [item.salt for item in work])
+            self.cache.commit(step, [item.tokens for item in work], salts)
         except BaseException:
             self.cache.abandon(step)
             raise
