@@ -128,12 +128,18 @@ class RopeGuard:
             return output
         _forget_length(module)  # what this packed row has made of it is no other forward's business
         given = dict(zip(("x", "position_ids", "layer_type"), args, strict=False)) | kwargs
-        evaluator, parts = self._copies[module], []
-        if not evaluator.depends(given.get("layer_type")):
+        evaluator, layer_type, positions = self._copies[module], given.get("layer_type"), given["position_ids"]
+        if not evaluator.depends(layer_type):
             return output
-        for i, part in enumerate(given["position_ids"].split(list(self._segments), dim=-1)):
+        spans: list[tuple[int, int]] = []
+        for i, part in enumerate(positions.split(list(self._segments), dim=-1)):
             lengths = Lengths.whole(int(part.max()) + 1) if self._lengths is None else self._lengths[i]
-            parts += evaluator.evaluate(given["x"], part, given.get("layer_type"), lengths)
+            spans += evaluator.spans(part, layer_type, lengths)
+        joined = [(length, sum(n for _, n in group)) for length, group in groupby(spans, key=lambda span: span[0])]
+        parts = [
+            evaluator.evaluate(given["x"], part, layer_type, length)
+            for part, (length, _) in zip(positions.split([n for _, n in joined], dim=-1), joined, strict=True)
+        ]
         if isinstance(output, Tensor):
             return torch.cat(parts, dim=-2)
         return tuple(torch.cat(tensors, dim=-2) for tensors in zip(*parts, strict=True))
@@ -155,38 +161,43 @@ class _Evaluator:
         """Whether the result for a type of layer depends on the length."""
         return layer_type in self._limits or _dynamic(self._kinds.get(layer_type))
 
-    def evaluate(self, x: Tensor, positions: Tensor, layer_type: str | None, lengths: Lengths) -> list[Any]:
-        """What the module gives for ``positions [..., T]`` of a sequence of ``lengths``, in one or several parts."""
+    def spans(self, positions: Tensor, layer_type: str | None, lengths: Lengths) -> list[tuple[int, int]]:
+        """Under which lengths the tokens at ``positions [..., T]`` of a sequence are rotated: (length, tokens), in
+        order. Lengths that give the same result are named by one of them.
+        """
+        count = positions.shape[-1]
         if layer_type in self._limits:
-            return [self._longrope(x, positions, layer_type, lengths.known)]
-        if lengths.fixed:
-            return [self._scaled(x, positions, layer_type, lengths.prompt)]
-        each = [self._length_at(at, lengths.prompt) for at in positions.reshape(-1, positions.shape[-1])[0].tolist()]
-        counts = [(length, len(list(group))) for length, group in groupby(each)]
-        parts = positions.split([count for _, count in counts], dim=-1)
-        return [self._scaled(x, part, layer_type, length) for part, (length, _) in zip(parts, counts, strict=True)]
+            return [(self._limits[layer_type] + 1 if lengths.known > self._limits[layer_type] else 0, count)]
+        if lengths.fixed or lengths.known <= self._starts:
+            return [(self._scale(lengths.prompt), count)]
+        places = positions.reshape(-1, count)[0].tolist()
+        each = [self._scale(lengths.prompt if at < lengths.prompt else at + 1) for at in places]
+        return [(length, len(list(group))) for length, group in groupby(each)]
 
-    def _longrope(self, x: Tensor, positions: Tensor, layer_type: str | None, known: int) -> Any:
-        limit = self._limits[layer_type]
-        if known <= limit:
+    def evaluate(self, x: Tensor, positions: Tensor, layer_type: str | None, length: int) -> Any:
+        """What the module gives for ``positions [..., T]`` under a length that `spans` has named."""
+        if layer_type in self._limits:
+            return self._longrope(x, positions, layer_type, length)
+        return self._scaled(x, positions, layer_type, length)
+
+    def _scale(self, length: int) -> int:
+        return length if length > self._starts else 0
+
+    def _longrope(self, x: Tensor, positions: Tensor, layer_type: str | None, length: int) -> Any:
+        if not length:
             return self._short.forward(x, position_ids=positions, **_named(layer_type))
         # One more position, beyond the limit, brings the long factors; its row is dropped.
-        beyond = torch.cat((positions, positions.new_full((*positions.shape[:-1], 1), limit)), dim=-1)
+        beyond = torch.cat((positions, positions.new_full((*positions.shape[:-1], 1), length - 1)), dim=-1)
         found = self._own.forward(x, position_ids=beyond, **_named(layer_type))
         return found[..., :-1, :] if isinstance(found, Tensor) else tuple(part[..., :-1, :] for part in found)
-
-    def _length_at(self, position: int, prompt: int) -> int:
-        """The length that the token at a position is rotated by."""
-        length = prompt if position < prompt else position + 1
-        return length if length > self._starts else 0
 
     def _scaled(self, x: Tensor, positions: Tensor, layer_type: str | None, length: int) -> Any:
         module = self._own
         kinds = module.rope_type
         _forget_length(module)
         try:
-            if length > self._starts:
-                at_end = positions[..., :1] * 0 + length - 1
+            if length:
+                at_end = torch.full_like(positions[..., :1], length - 1)
                 module.forward(x, position_ids=at_end, **_named(layer_type))
             module.rope_type = dict.fromkeys(kinds, "set") if isinstance(kinds, dict) else "set"  # no more changes
             return module.forward(x, position_ids=positions, **_named(layer_type))
