@@ -167,6 +167,10 @@ def test_a_runner_refuses_to_change_the_factors_of_a_sequence() -> None:
     long = runner.create()  # said to become long: it has other factors from the start, and its blocks another identity
     item = SeqWork(seq=long, tokens=tokens[:32], start=0, salt=b"a", sample=True, lengths=Lengths.whole(LIMIT + 2))
     runner.execute([item])
+    adopted = runner.create()  # under short factors
+    assert runner.adopt(adopted, tokens, b"") == 32
+    with pytest.raises(UnsupportedError, match="other rotary factors"):
+        runner.execute([SeqWork(seq=adopted, tokens=tokens[32:], start=32, salt=b"", sample=True)])
     assert runner.manager.match(tokens, b"a") == 0
     assert runner.manager.match(tokens, b"") == 32
     assert runner.manager.match(tokens, runner.rotary.salted(b"a", Lengths(60, 70))) == 32

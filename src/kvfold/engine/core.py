@@ -102,7 +102,8 @@ class EngineCore:
         else:
             seq = self.runner.create()
             try:
-                branch.computed = self.runner.adopt(seq, self.scheduler.shareable(branch), branch.salt)
+                shareable = self.scheduler.shareable(branch)
+                branch.computed = self.runner.adopt(seq, shareable, branch.request.salt, branch.lengths)
             except BaseException:
                 self.runner.free(seq)
                 raise

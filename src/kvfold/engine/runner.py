@@ -95,11 +95,17 @@ class ModelRunner:
         """A new, empty sequence."""
         return self.cache.create()
 
-    def adopt(self, seq: int, tokens: Sequence[int], salt: bytes) -> int:
-        """Attaches cached blocks that begin like ``tokens`` to the empty ``seq``; how many tokens they hold."""
+    def adopt(self, seq: int, tokens: Sequence[int], salt: bytes, lengths: Lengths | None = None) -> int:
+        """Attaches cached blocks that begin like ``tokens`` to the empty ``seq``; how many tokens they hold.
+        ``lengths``: what its rotary factors follow from; None: those of a short sequence.
+        """
+        lengths = lengths or Lengths(0, 0)
+        salt = self.rotary.salted(salt, lengths)
         hit = self.manager.match(tokens, salt)
         if hit:
             self.manager.adopt(seq, tokens, hit, salt)
+            if self.rotary:
+                self._lengths[seq] = lengths
         return hit
 
     def fork(self, seq: int) -> int:
