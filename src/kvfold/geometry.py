@@ -113,7 +113,7 @@ class Geometry:
             layers=read_layers(text),
             hidden=_required(text, "hidden_size", "n_embd", "d_model", "dim"),
             vocab=_required(text, "vocab_size", "n_vocab"),
-            max_positions=_first(text, *_MAX_POSITIONS) or UNBOUNDED,
+            max_positions=_max_positions(text),
             refusals=tuple(read_refusals(config, text)),
         )
 
@@ -263,6 +263,15 @@ def _first(config: PreTrainedConfig, *names: str) -> int | None:
     """The first of these attributes that holds a positive number."""
     values = (getattr(config, name, None) for name in names)
     return next((int(value) for value in values if isinstance(value, int) and value > 0), None)
+
+
+def _max_positions(text: PreTrainedConfig) -> int:
+    """Positions that a model is made for. With dynamic NTK they are ``factor`` times those its config names."""
+    stated = _first(text, *_MAX_POSITIONS)
+    parameters = getattr(text, "rope_parameters", None) or {}
+    kinds = [kind for kind in (parameters, *parameters.values()) if isinstance(kind, dict) and "rope_type" in kind]
+    factors = [kind.get("factor") or 1.0 if kind["rope_type"] == "dynamic" else 1.0 for kind in kinds]
+    return int(stated * max(1.0, min(factors, default=1.0))) if stated else UNBOUNDED
 
 
 def _required(config: PreTrainedConfig, *names: str) -> int:

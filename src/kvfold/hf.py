@@ -25,6 +25,7 @@ from kvfold.modeling import STEP_KEYWORD, AttentionSwitch, ModelStep
 from kvfold.packed import PackedModel, check_model
 from kvfold.recipe import Recipe
 from kvfold.replay import replay
+from kvfold.reread import ReadAgain, StoredFactors
 from kvfold.retention.build import refusals
 from kvfold.rule import KeepRule
 
@@ -74,6 +75,8 @@ class KVCache(Cache):
         self._prompts: list[int] = []
         self._tokens: list[list[int]] = []
         self._model = model
+        self.factors = StoredFactors(model)
+        ReadAgain.put_on(model)
         self._hooks = _Hooks.on(model, check=check)
         self._pages = self._new_pages(model.dtype, model.device)
 
@@ -159,7 +162,8 @@ class KVCache(Cache):
             return
         packed = PackedModel(self._model)
         try:  # in small parts: a cache that grows would grow for each
-            replay(packed, self._pages, seq, tokens, first=retainer.done_until(seq), chunk=_REPEATED_TOKENS)
+            first, lengths = retainer.done_until(seq), self.factors.lengths
+            replay(packed, self._pages, seq, tokens, first=first, chunk=_REPEATED_TOKENS, lengths=lengths)
         finally:
             packed.release()
 
@@ -379,6 +383,7 @@ class _Hooks:
         inputs = next((x for x in map(given.get, ("input_ids", "inputs_embeds")) if isinstance(x, Tensor)), None)
         if inputs is None:
             raise ModelError("a forward without input_ids or inputs_embeds")
+        cache.factors.open(given, cache.get_seq_length(), inputs.shape[1])
         step = cache.open_step(inputs, given.get("attention_mask"))
         kwargs[STEP_KEYWORD] = step
         self._switch.enter(step)

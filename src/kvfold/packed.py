@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from kvfold.cache import PagedCache, SequenceWork, Step
 from kvfold.errors import ModelError, UnsupportedError
 from kvfold.geometry import Geometry
-from kvfold.modeling import STEP_KEYWORD, AttentionSwitch, ModelStep, RopeGuard, StepCache
+from kvfold.modeling import STEP_KEYWORD, AttentionSwitch, ModelStep, StepCache
 from kvfold.recipe import Recipe
+from kvfold.rotary import Lengths, RopeGuard
 
 __all__ = ["PackedModel", "check_model"]
 
@@ -40,14 +41,23 @@ class PackedModel:
         self._rope = RopeGuard(model)
 
     @torch.inference_mode()
-    def forward(self, step: Step, tokens: Tensor, positions: Tensor, keep: Tensor, segments: Sequence[int]) -> Tensor:
+    def forward(
+        self,
+        step: Step,
+        tokens: Tensor,
+        positions: Tensor,
+        keep: Tensor,
+        segments: Sequence[int],
+        lengths: Sequence[Lengths] | None = None,
+    ) -> Tensor:
         """One forward of ``tokens [N]`` at ``positions [N]``; the logits ``[len(keep), V]`` of the rows ``keep``.
 
-        ``segments``: tokens of each packed sequence, in order.
+        ``segments``: tokens of each packed sequence, in order; ``lengths``: what their rotary factors follow from, see
+        `RopeGuard.over`.
         """
         model_step = ModelStep(step)
         try:
-            with self.switch.active(model_step), self._rope.over(segments):
+            with self.switch.active(model_step), self._rope.over(segments, lengths):
                 output = self.model(
                     input_ids=tokens[None],
                     position_ids=positions[None],
@@ -140,7 +150,8 @@ def _packed_logits(packed: PackedModel, geometry: Geometry, prompts: Sequence[Te
         tokens = torch.cat([prompts[i][done[i] : done[i] + count] for i, count in work])
         positions = torch.cat([torch.arange(done[i], done[i] + count, device=tokens.device) for i, count in work])
         keep = torch.arange(tokens.numel(), device=tokens.device)
-        logits = packed.forward(step, tokens, positions, keep, [count for _, count in work])
+        lengths = [Lengths.whole(prompts[i].numel()) for i, _ in work]
+        logits = packed.forward(step, tokens, positions, keep, [count for _, count in work], lengths)
         cache.commit(step)
         for (i, count), part in zip(work, logits.split([count for _, count in work]), strict=True):
             parts[i].append(part)

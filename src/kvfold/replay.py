@@ -10,6 +10,7 @@ import torch
 from kvfold.cache import PagedCache, SequenceWork
 from kvfold.errors import CacheFullError, RequestError
 from kvfold.packed import PackedModel
+from kvfold.rotary import Lengths
 
 __all__ = ["INSTRUCTION", "replay"]
 
@@ -29,6 +30,7 @@ def replay(
     *,
     first: int = 0,
     chunk: int = 2048,
+    lengths: Lengths | None = None,
 ) -> None:
     """Shows the retention method of ``cache`` how the model repeats ``tokens``, all that ``seq`` has read, from token
     ``first`` on: those before an earlier retention need not be repeated again.
@@ -36,8 +38,9 @@ def replay(
     For each ``chunk`` of them, the model reads ``instruction``, the few tokens before the chunk and the chunk, at the
     positions behind the context, on a fork in a step that is abandoned. Chunks are smaller where the positions of the
     model or the room in the cache do not allow more. Afterwards, and after any error, blocks and books are as before;
-    only the notes of ``seq`` have grown. RequestError if the model has no positions left, CacheFullError if there is no
-    room.
+    only the notes of ``seq`` have grown. ``lengths``: what the rotary factors of ``seq`` follow from, and those of the
+    repetition; None: they are those of one forward. RequestError if the model has no positions left, CacheFullError if
+    there is no room.
     """
     length = cache.length(seq)
     if len(tokens) != length or not 0 <= first < length:
@@ -53,11 +56,12 @@ def replay(
     count = length - first
     chunk = -(-count // -(-count // chunk))  # as many, but none of them a crumb
     start = first
+    lengths = Lengths.whole(length) if lengths is None else lengths._replace(fixed=True)
     while start < length:
         stop = min(start + chunk, length)
         said = [*instruction, *tokens[max(0, start - _LEAD) : start], *tokens[start:stop]]
         try:
-            _repeat(packed, cache, seq, said, (start, stop))
+            _repeat(packed, cache, seq, said, (start, stop), lengths)
         except CacheFullError:
             if chunk <= _LEAST_CHUNK:
                 raise
@@ -66,14 +70,21 @@ def replay(
             start = stop
 
 
-def _repeat(packed: PackedModel, cache: PagedCache, seq: int, said: Sequence[int], part: tuple[int, int]) -> None:
+def _repeat(
+    packed: PackedModel,
+    cache: PagedCache,
+    seq: int,
+    said: Sequence[int],
+    part: tuple[int, int],
+    lengths: Lengths,
+) -> None:
     fork = cache.fork(seq)
     try:
         step = cache.begin([SequenceWork(fork, len(said), replay=(seq, *part))])
         try:
             ids = torch.tensor(said, device=cache.device)
             positions = torch.arange(len(said), device=cache.device) + cache.length(seq)
-            packed.forward(step, ids, positions, ids.new_empty(0), [len(said)])
+            packed.forward(step, ids, positions, ids.new_empty(0), [len(said)], [lengths])
         finally:
             cache.abandon(step)
     finally:

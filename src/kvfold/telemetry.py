@@ -37,6 +37,8 @@ class StepStats:
     """Requests that ended, for whatever reason."""
     preemptions: int = 0
     """Requests that gave their blocks back and had to wait."""
+    rope_rereads: int = 0
+    """Completions that got over the limit of short rotary factors, and were read again under the long ones."""
     seconds: float = 0.0
     """Wall time."""
 

@@ -110,10 +110,10 @@ class _Watched(PackedModel):
         self.positions: list[int] = []
         self.fail_at = fail_at
 
-    def forward(self, step: Any, tokens: Any, positions: Any, keep: Any, segments: Any) -> Any:
+    def forward(self, step: Any, tokens: Any, positions: Any, keep: Any, segments: Any, *more: Any) -> Any:
         self.sizes.append(tokens.numel())
         self.positions.append(int(positions[0]))
-        logits = super().forward(step, tokens, positions, keep, segments)
+        logits = super().forward(step, tokens, positions, keep, segments, *more)
         if self.fail_at == len(self.sizes):
             raise RuntimeError("a failing forward")
         return logits

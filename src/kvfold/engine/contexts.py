@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from kvfold.engine.chunks import Chunking
 from kvfold.engine.runner import ModelRunner, SeqWork, not_finite
 from kvfold.errors import UnsupportedError
+from kvfold.rotary import Lengths
 
 __all__ = ["Context", "read_context"]
 
@@ -15,12 +16,14 @@ __all__ = ["Context", "read_context"]
 @dataclass(frozen=True, slots=True, eq=False)
 class Context:
     """A text that an engine holds for requests to begin with: its ``tokens``, and the sequence of the cache that keeps
-    their blocks. Only requests of the same ``salt`` may have it.
+    their blocks. Only requests of the same ``salt`` may have it, and go on from it as long as their rotary factors are
+    those ``factors``; longer ones read its tokens again.
     """
 
     tokens: tuple[int, ...]
     seq: int
     salt: bytes
+    factors: bytes = b""
 
 
 def read_context(runner: ModelRunner, chunking: Chunking, tokens: Sequence[int], budget: int, salt: bytes) -> Context:
@@ -35,20 +38,21 @@ def read_context(runner: ModelRunner, chunking: Chunking, tokens: Sequence[int],
         why = "its retention chooses by the queries of a request, so that every request needs a choice of its own"
         hint = "take a query-agnostic method: kvzip, learned, keydiff, duo"
         raise UnsupportedError(f"a shared context under {runner.cache.recipe}", why=why, hint=hint)
+    lengths = Lengths(len(tokens), len(tokens))
     seq = runner.create()
     try:
         start, length = 0, len(tokens)
         while start < length:
             runner.expect(seq, chunking.expected(start, length, length))
             end = chunking.end(start, length, length, budget)
-            _read(runner, SeqWork(seq, tokens[start:end], start, salt, end == length))
+            _read(runner, SeqWork(seq, tokens[start:end], start, salt, end == length, lengths=lengths))
             if end == chunking.next_point(start, length):
                 runner.retain(seq, tokens[:end])
             start = end
     except BaseException:
         runner.free(seq)
         raise
-    return Context(tuple(tokens), seq, salt)
+    return Context(tuple(tokens), seq, salt, runner.rotary.key(lengths))
 
 
 def _read(runner: ModelRunner, part: SeqWork) -> None:

@@ -84,18 +84,26 @@ class EngineCore:
         self.scheduler.preempt(branch, hold=hold)
         self.stats.preemptions += 1
 
+    def _read_again(self, branch: Branch) -> None:
+        """A branch has got too long for the rotary factors of its keys: it waits, like a preempted one, to be read."""
+        if branch.seq is not None:
+            self.runner.free(branch.seq)
+        self.scheduler.preempt(branch)
+        self.stats.rope_rereads += 1
+
     # -- run
 
     def _start(self, admission: Admission) -> Work:
         """Give a waiting branch its sequence: a fork of its shared context, or what the prefix index has of it."""
         branch, _, work = admission
-        shared = branch.request.shared
+        shared = branch.shared
         if shared is not None:
             seq, branch.computed = self.runner.fork(shared.seq), len(shared.tokens)
         else:
             seq = self.runner.create()
             try:
-                branch.computed = self.runner.adopt(seq, self.scheduler.shareable(branch), branch.request.salt)
+                shareable = self.scheduler.shareable(branch)
+                branch.computed = self.runner.adopt(seq, shareable, branch.request.salt, branch.lengths)
             except BaseException:
                 self.runner.free(seq)
                 raise
@@ -113,7 +121,7 @@ class EngineCore:
             if branch.seq is None:
                 raise RuntimeError("a branch in the plan holds no sequence")
             tokens = branch.tokens[start : start + chunk] if chunk > 1 else (branch.tokens[start],)
-            items.append(SeqWork(branch.seq, tokens, start, branch.request.salt, sampled, watched))
+            items.append(SeqWork(branch.seq, tokens, start, branch.request.salt, sampled, watched, branch.lengths))
         try:
             ran = self.runner.run(items)
         except CacheFullError as error:
@@ -225,6 +233,8 @@ class EngineCore:
             self._watched.append(branch)
         if branch.text is not None or token in request.end_ids or len(branch.tokens) >= request.limit:
             self._look_for_end(branch, token)
+        if request.rotary.switches(len(branch.tokens)) and branch.seq is not None:
+            self._read_again(branch)
 
     def _look_for_end(self, branch: Branch, token: int) -> None:
         request = branch.request

@@ -84,7 +84,6 @@ class Engine:
             check=check,
             instruction=() if tokenizer is None else tokenizer.encode(INSTRUCTION, add_special_tokens=False),
         )
-        books = self._runner.manager
         scheduler = _scheduler(
             self._runner,
             max_batched_tokens=max_batched_tokens,
@@ -93,9 +92,11 @@ class Engine:
             repeatable=repeatable,
         )
         self._core = EngineCore(self._runner, scheduler, tokenizer)
-        capacity = Room(books, self.context, max_batched_tokens)
-        ends = end_tokens(model, tokenizer)
-        self._intake = Intake(tokenizer, geometry.vocab, self.context, capacity, max_sequences, end_ids=ends, seed=seed)
+        capacity = Room(self._runner.manager, self.context, max_batched_tokens)
+        ends, rotary = end_tokens(model, tokenizer), self._runner.rotary
+        self._intake = Intake(
+            tokenizer, geometry.vocab, self.context, capacity, max_sequences, end_ids=ends, seed=seed, rotary=rotary
+        )
         self._numbered = 0
         self._unclaimed: list[RequestOutput] = []
         self._contexts: set[Context] = set()
@@ -292,6 +293,7 @@ class Engine:
             "prefix_hit_tokens": work.prefix_hit_tokens,
             "finished_requests": work.finished_requests,
             "preemptions": work.preemptions,
+            "rope_rereads": work.rope_rereads,
             "seconds": work.seconds,
             "tokens_per_s": work.tokens_per_s,
             "running": len(self._core.scheduler.running),

@@ -16,6 +16,7 @@ from kvfold.engine.sampling import RowSampler
 from kvfold.engine.state import Branch, Request
 from kvfold.errors import RequestError
 from kvfold.memory.manager import CacheManager
+from kvfold.rotary import NO_ROTARY_LENGTHS, RotaryLengths
 
 __all__ = ["Intake", "Room"]
 
@@ -33,6 +34,7 @@ class Intake:
         *,
         end_ids: frozenset[int],
         seed: int,
+        rotary: RotaryLengths = NO_ROTARY_LENGTHS,
     ) -> None:
         self._tokenizer = tokenizer
         self._vocab = vocab
@@ -40,6 +42,7 @@ class Intake:
         self._capacity = capacity
         self._max_sequences = max_sequences
         self._end_ids = end_ids
+        self._rotary = rotary
         self._seeds = random.Random(seed)
         self._arrivals = 0
 
@@ -73,6 +76,7 @@ class Intake:
             end_ids=end_ids,
             on_chunk=on_chunk,
             shared=shared,
+            rotary=self._rotary,
         )
         self._arrivals += 1
         seed = params.seed if params.seed is not None or params.greedy else self._seeds.getrandbits(62)

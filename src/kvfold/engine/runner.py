@@ -20,6 +20,7 @@ from kvfold.packed import PackedModel, check_model
 from kvfold.recipe import Recipe
 from kvfold.replay import replay
 from kvfold.retention.build import refusals
+from kvfold.rotary import Lengths, RotaryLengths
 
 __all__ = ["ModelRunner", "Ran", "SeqWork", "not_finite"]
 
@@ -27,7 +28,9 @@ __all__ = ["ModelRunner", "Ran", "SeqWork", "not_finite"]
 @dataclass(frozen=True, slots=True)
 class SeqWork:
     """New ``tokens`` of sequence ``seq``, the first at position ``start``; ``sample``: the last one's logits are
-    wanted; ``watched``: retention will run on the sequence, after them or later.
+    wanted; ``watched``: retention will run on the sequence, after them or later. ``lengths``: what its rotary factors
+    follow from (None: the tokens so far, and as its prompt those of its first item); only sequences of the same ones
+    find its blocks under ``salt``, see `RotaryLengths.salted`.
     """
 
     seq: int
@@ -36,6 +39,7 @@ class SeqWork:
     salt: bytes
     sample: bool
     watched: bool = True
+    lengths: Lengths | None = None
 
 
 class Ran(NamedTuple):
@@ -78,6 +82,9 @@ class ModelRunner:
         )
         self._packed = PackedModel(model)
         self._instruction = tuple(instruction)
+        self.rotary = RotaryLengths.of(model)
+        """How the model's rotary factors depend on the length."""
+        self._lengths: dict[int, Lengths] = {}  # of each sequence, where they matter
 
     @property
     def manager(self) -> CacheManager:
@@ -98,11 +105,17 @@ class ModelRunner:
         """A new, empty sequence."""
         return self.cache.create()
 
-    def adopt(self, seq: int, tokens: Sequence[int], salt: bytes) -> int:
-        """Attaches cached blocks that begin like ``tokens`` to the empty ``seq``; how many tokens they hold."""
+    def adopt(self, seq: int, tokens: Sequence[int], salt: bytes, lengths: Lengths | None = None) -> int:
+        """Attaches cached blocks that begin like ``tokens`` to the empty ``seq``; how many tokens they hold.
+        ``lengths``: what its rotary factors follow from; None: those of a short sequence.
+        """
+        lengths = lengths or Lengths(0, 0)
+        salt = self.rotary.salted(salt, lengths)
         hit = self.manager.match(tokens, salt)
         if hit:
             self.manager.adopt(seq, tokens, hit, salt)
+            if self.rotary:
+                self._lengths[seq] = lengths
         return hit
 
     def expect(self, seq: int, length: int) -> None:
@@ -111,10 +124,14 @@ class ModelRunner:
 
     def fork(self, seq: int) -> int:
         """A sequence that shares every block of ``seq``."""
-        return self.cache.fork(seq)
+        fork = self.cache.fork(seq)
+        if seq in self._lengths:
+            self._lengths[fork] = self._lengths[seq]
+        return fork
 
     def free(self, seq: int) -> None:
         """Ends a sequence."""
+        self._lengths.pop(seq, None)
         self.cache.free(seq)
 
     def retain(self, seq: int, tokens: Sequence[int], *, final: bool = False) -> bool:
@@ -123,7 +140,8 @@ class ModelRunner:
         """
         retainer = self.cache.retainer
         if retainer is not None and retainer.method.replays and retainer.would_drop(seq):
-            replay(self._packed, self.cache, seq, tokens, self._instruction, first=retainer.done_until(seq))
+            first, lengths = retainer.done_until(seq), self._lengths.get(seq)
+            replay(self._packed, self.cache, seq, tokens, self._instruction, first=first, lengths=lengths)
         return self.cache.retain(seq, final=final)
 
     def release(self) -> None:
@@ -134,6 +152,7 @@ class ModelRunner:
         """Runs ``work`` in one forward; float32 logits ``[n, V]`` of the items that sample, in order.
 
         Raises CacheFullError, with the cache as it was, if there is no room; any error of the forward leaves it so too.
+        UnsupportedError if the stored keys of a sequence are rotated by other factors than its new ones would be.
         """
         return self.run(work).logits
 
@@ -154,6 +173,10 @@ class ModelRunner:
         """The logits of the rows ``keep``, and for each item whether those of its last token, row ``last`` of them, are
         finite: other sequences find its blocks only then.
         """
+        lengths, salts = None, [item.salt for item in work]
+        if self.rotary:
+            lengths = [self._lengths_of(item) for item in work]
+            salts = [self.rotary.salted(*pair) for pair in zip(salts, lengths, strict=True)]
         requests = [SequenceWork(item.seq, len(item.tokens), item.watched) for item in work]
         step = self.cache.begin(requests, check_finite=True)
         if any(item.start != r.start for item, r in zip(work, step.reservations, strict=True)):
@@ -165,15 +188,30 @@ class ModelRunner:
             first = np.asarray([item.start for item in work]) - np.cumsum([0, *segments[:-1]])
             positions = np.arange(tokens.size) + np.repeat(first, segments)
             ids, at, rows = (torch.from_numpy(x).to(self.device) for x in (tokens, positions, keep))
-            logits = self._packed.forward(step, ids, at, rows, segments).float()
+            logits = self._packed.forward(step, ids, at, rows, segments, lengths).float()
             # Minus infinity says that a token is barred; if it is the highest, all are, or one is NaN.
             finite = logits[list(last)].amax(-1).isfinite().cpu().numpy()
             known = [item.tokens if good else None for item, good in zip(work, finite, strict=True)]
-            self.cache.commit(step, known, [item.salt for item in work])
+            self.cache.commit(step, known, salts)
         except BaseException:
             self.cache.abandon(step)
             raise
+        if lengths is not None:
+            self._lengths.update(zip((item.seq for item in work), lengths, strict=True))
         return logits, finite
+
+    def _lengths_of(self, item: SeqWork) -> Lengths:
+        held, end = self._lengths.get(item.seq), item.start + len(item.tokens)
+        lengths = item.lengths
+        if lengths is None:
+            lengths = Lengths(end, end) if held is None else Lengths(held.prompt, max(held.known, end))
+        if held is not None and self.rotary.key(held) != self.rotary.key(lengths):
+            raise UnsupportedError(
+                f"{len(item.tokens)} tokens from position {item.start} on",
+                why="the keys before them are rotated by other rotary factors, those of a sequence of another length",
+                hint="say how long the sequence will be, or read it again from its start",
+            )
+        return lengths
 
 
 def not_finite(what: str, place: str) -> NumericsError:

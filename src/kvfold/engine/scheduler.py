@@ -237,7 +237,7 @@ class Scheduler:
         now.
         """
         size = self._block_size
-        if not self.chunking.prefix_caching or branch.request.shared or branch.request.salt != other.request.salt:
+        if not self.chunking.prefix_caching or branch.shared or branch.salt != other.salt:
             return False
         if branch.tokens[:size] != other.tokens[:size]:
             return False
@@ -250,18 +250,18 @@ class Scheduler:
 
     def _cached(self, branch: Branch) -> int:
         """Tokens at the start of a waiting branch that need not be computed."""
-        if branch.request.shared is not None:
-            return len(branch.request.shared.tokens)
-        return self._books.match(self.shareable(branch), branch.request.salt)
+        if (shared := branch.shared) is not None:
+            return len(shared.tokens)
+        return self._books.match(self.shareable(branch), branch.salt)
 
     def _arrival(self, branch: Branch, cached: int, count: int) -> Demand:
         """The demand of ``count`` tokens after ``cached`` ones from the index, which cease to be free when they are
         taken; or from a shared context, of which there will be a fork.
         """
-        if branch.request.shared is not None:
-            return self._books.demand_fork(branch.request.shared.seq, count)
+        if (shared := branch.shared) is not None:
+            return self._books.demand_fork(shared.seq, count)
         return self._books.demand_for(
-            cached, count, expected=self.expected(branch, cached), tokens=branch.tokens, salt=branch.request.salt
+            cached, count, expected=self.expected(branch, cached), tokens=branch.tokens, salt=branch.salt
         )
 
     def _part(self, branch: Branch, start: int, budget: int) -> Work:

@@ -11,6 +11,7 @@ from kvfold.engine.detokenize import TextStream
 from kvfold.engine.request import FinishReason, SamplingParams, StreamChunk
 from kvfold.engine.sampling import RowSampler, TokenLogprob
 from kvfold.errors import KVFoldError
+from kvfold.rotary import NO_ROTARY_LENGTHS, Lengths, RotaryLengths
 
 __all__ = ["Branch", "Request", "Status"]
 
@@ -50,6 +51,8 @@ class Request:
     error: KVFoldError | None = None
     shared: Context | None = None
     """The context that the engine holds and the prompt begins with."""
+    rotary: RotaryLengths = NO_ROTARY_LENGTHS
+    """How the model's rotary factors depend on the length."""
 
     @property
     def context(self) -> int:
@@ -103,6 +106,24 @@ class Branch:
         """Sequences it stands for: all ``n`` of its request until it is forked."""
         request = self.request
         return 1 if len(request.branches) == request.params.n else request.params.n
+
+    @property
+    def lengths(self) -> Lengths:
+        """What its rotary factors follow from."""
+        return Lengths(len(self.request.prompt), len(self.tokens))
+
+    @property
+    def salt(self) -> bytes:
+        """Only branches of an equal one share prefix blocks: of the same request's salt, under the same factors."""
+        return self.request.rotary.salted(self.request.salt, self.lengths)
+
+    @property
+    def shared(self) -> Context | None:
+        """The context whose blocks it begins with; None also if those are stored under other rotary factors."""
+        shared = self.request.shared
+        if shared is None or shared.factors == self.request.rotary.key(self.lengths):
+            return shared
+        return None
 
     @property
     def generated(self) -> int:

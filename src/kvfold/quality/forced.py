@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvfold.engine.runner import ModelRunner, SeqWork
 from kvfold.quality.contestant import PREFILL_TOKENS, SCORED_TOKENS, Forced
+from kvfold.rotary import Lengths
 from kvfold.rule import KeepRule
 
 __all__ = ["teacher_force"]
@@ -33,10 +34,11 @@ def teacher_force(
     seq = runner.create()
     kept: list[Tensor] = []
     rule = runner.cache.recipe.rule
+    whole = Lengths.whole(len(tokens) + decode_steps)  # rotary factors as in one forward
     try:
         for start, stop in _chunks(len(tokens), score_from, rule):
             watched = rule is not None and rule.next_point(start, score_from) is not None
-            work = SeqWork(seq, tokens[start:stop], start, b"", sample=True, watched=watched)
+            work = SeqWork(seq, tokens[start:stop], start, b"", sample=True, watched=watched, lengths=whole)
             if start < score_from:
                 runner.execute([work])
             else:

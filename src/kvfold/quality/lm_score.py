@@ -19,6 +19,7 @@ from torch import Tensor
 from kvfold.engine.runner import ModelRunner, SeqWork
 from kvfold.errors import CacheFullError, NumericsError
 from kvfold.quality.contestant import SCORED_TOKENS
+from kvfold.rotary import Lengths
 
 __all__ = ["PREFILL_TOKENS", "Likelihood", "Scorer", "Window", "cut"]
 
@@ -65,12 +66,21 @@ class Scorer:
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
         self._kept: list[_Kept] = []  # each begins like the one after it
+        self._lengths = Lengths.whole(0)  # what the rotary factors of the windows being scored follow from
 
     def score(self, windows: Sequence[Window]) -> Iterator[tuple[int, Likelihood]]:
         """Each window's place in ``windows`` with its likelihood, as they come. NumericsError for logits that are not
         finite, CacheFullError if a window does not fit.
         """
-        order = sorted(range(len(windows)), key=lambda i: (windows[i].prompt, windows[i].inputs))
+        lengths = [Lengths.whole(len(window.prompt) + len(window.inputs)) for window in windows]
+        keys = [self._runner.rotary.key(each) for each in lengths]
+        for key in sorted(set(keys)):  # windows share keys and values only under the same rotary factors
+            places = [i for i, each in enumerate(keys) if each == key]
+            self._lengths = lengths[places[0]]
+            yield from self._score(windows, places)
+
+    def _score(self, windows: Sequence[Window], places: Sequence[int]) -> Iterator[tuple[int, Likelihood]]:
+        order = sorted(places, key=lambda i: (windows[i].prompt, windows[i].inputs))
         groups = [list(group) for _, group in groupby(order, key=lambda i: windows[i].prompt)]
         prompts = [windows[group[0]].prompt for group in groups]
         shared = [0, *(_common(*pair) for pair in pairwise(prompts)), 0]  # with the prompt before
@@ -91,7 +101,7 @@ class Scorer:
         try:
             for start in range(length, len(prompt), PREFILL_TOKENS):
                 tokens = prompt[start : start + PREFILL_TOKENS]
-                work = [SeqWork(seq=seq, tokens=tokens, start=start, salt=b"", sample=False)]
+                work = [SeqWork(seq=seq, tokens=tokens, start=start, salt=b"", sample=False, lengths=self._lengths)]
                 self._with_room(partial(self._runner.execute, work))
                 if start + PREFILL_TOKENS == keep:
                     self._kept.append(_Kept(keep, self._fork(seq)))
@@ -128,7 +138,7 @@ class Scorer:
 
     def _feed(self, seq: int, tokens: Sequence[int], start: int) -> Tensor:
         """The logits of ``tokens``."""
-        work = SeqWork(seq=seq, tokens=tokens, start=start, salt=b"", sample=True)
+        work = SeqWork(seq=seq, tokens=tokens, start=start, salt=b"", sample=True, lengths=self._lengths)
         return self._with_room(partial(self._runner.execute_all, work))
 
     def _fork(self, seq: int) -> int:
