@@ -93,7 +93,6 @@ def places(model: PreTrainedModel) -> list[nn.Module]:
     return [module for module in model.modules() if module is not model and not isinstance(module, nn.ModuleList)]
 
 
-@pytest.mark.xfail(strict=True, reason="issue 11, B.6: hooks are skipped by an interrupt")
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
 def test_an_interrupt_of_a_drop_in_forward_leaves_nothing(model: PreTrainedModel, data: st.DataObject) -> None:
@@ -179,11 +178,7 @@ USES: dict[str, Callable[[PreTrainedModel, Path], object]] = {
 }
 
 
-STAYS = pytest.mark.xfail(strict=True, reason="issue 11, B.6: the model stays switched after an interrupt")
-RED = {"inner decoder", "copy of the config", "copy of the model", "pickle of the config", "save_pretrained"}
-
-
-@pytest.mark.parametrize("use", [pytest.param(use, marks=STAYS if use in RED else ()) for use in USES])
+@pytest.mark.parametrize("use", USES)
 def test_every_later_use_is_that_of_an_untouched_model(use: str, tmp_path: Path) -> None:
     wanted = USES[use](llama(), tmp_path / "untouched")
     model = llama()
@@ -194,7 +189,6 @@ def test_every_later_use_is_that_of_an_untouched_model(use: str, tmp_path: Path)
     assert torch.equal(found, wanted) if isinstance(wanted, Tensor) else found == wanted
 
 
-@pytest.mark.xfail(strict=True, reason="issue 11, B.6: an error while switching leaves half of it")
 @pytest.mark.parametrize("where", ["enter", "leave"])
 def test_an_interrupt_while_the_model_is_switched(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, where: str
@@ -231,7 +225,6 @@ def test_the_inner_decoder_refuses_the_cache_of_the_whole_model() -> None:
     assert torch.allclose(model(IDS, past_key_values=cache).logits, model(IDS).logits, atol=1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason="issue 11, B.6: a copy of a model runs on the original's cache")
 def test_a_model_with_a_cache_can_be_copied_saved_and_inspected() -> None:
     model = llama()
     signature, wanted = inspect.signature(model.forward), model(IDS).logits
@@ -254,7 +247,6 @@ def test_a_model_with_a_cache_can_be_copied_saved_and_inspected() -> None:
     assert not model(IDS, past_key_values=KVCache(model)).logits.any()
 
 
-@pytest.mark.xfail(strict=True, reason="issue 11, B.6: a wrapped forward hides the cache")
 def test_other_hooks_and_wrappers_of_a_forward_stay() -> None:
     model, calls = llama(), []
     model.register_forward_pre_hook(lambda *_: calls.append("before"))

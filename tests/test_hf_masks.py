@@ -37,10 +37,6 @@ def text_model() -> PreTrainedModel:
     return llama()
 
 
-CRASHES = pytest.mark.xfail(strict=True, reason="issue 11, A.3: the vision tower is switched too")
-
-
-@CRASHES
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
 def test_images_without_an_overlay_are_served(models: dict[str, PreTrainedModel], name: str) -> None:
@@ -53,7 +49,6 @@ def test_images_without_an_overlay_are_served(models: dict[str, PreTrainedModel]
     assert torch.equal(tokens, model.generate(**inputs, **options))
 
 
-@CRASHES
 @torch.no_grad()
 def test_an_overlay_for_images_is_refused_before_the_first_token(models: dict[str, PreTrainedModel]) -> None:
     model, inputs = models["gemma3"], image_inputs("gemma3")
@@ -66,7 +61,6 @@ def test_an_overlay_for_images_is_refused_before_the_first_token(models: dict[st
     assert model.config._attn_implementation == model.config.text_config._attn_implementation == "sdpa"
 
 
-@pytest.mark.xfail(strict=True, reason="issue 11, A.3: an image span becomes causal")
 @torch.no_grad()
 def test_an_overlay_over_embeddings_is_refused(models: dict[str, PreTrainedModel]) -> None:
     model, ids = models["gemma3"], prompt(1, 12)
@@ -127,7 +121,6 @@ NOTHING = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="issue 11, A.3: an overlay is left out")
 @pytest.mark.parametrize("name", OVERLAYS)
 @torch.no_grad()
 def test_an_overlay_that_matters_is_refused(
@@ -155,7 +148,6 @@ def test_an_overlay_that_changes_nothing_is_served(
         assert torch.allclose(found[mask[:, part].bool()], wanted[mask[:, part].bool()], atol=1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason="issue 11, A.3: overlays are not looked at")
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
 def test_a_mask_is_refused_exactly_where_it_deviates(data: st.DataObject) -> None:
@@ -214,7 +206,6 @@ BAD_MASKS = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="issue 11, C.10: masks of other kinds are not named")
 @pytest.mark.parametrize("name", BAD_MASKS)
 def test_a_mask_of_another_kind_is_refused_by_name(text_model: PreTrainedModel, name: str) -> None:
     mask, text = BAD_MASKS[name]

@@ -202,6 +202,7 @@ class PagedCache:
 
     def abandon(self, step: Step) -> None:
         """Drops a step: every block it reserved goes back."""
+        step.undo()
         self._roll_back(step.reservations)
 
     def _roll_back(self, reservations: Sequence[Reservation]) -> None:

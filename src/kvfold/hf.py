@@ -1,32 +1,32 @@
 """The drop-in cache for transformers' ``generate()``:
 ``model.generate(**inputs, past_key_values=KVCache(model, "int4"))``.
 
-Two hooks on the model do the work. Before a forward that carries a :class:`KVCache`, a paged step is opened for the
-batch and the model is switched to the paged attention function; after it, the step is committed and the model is what
-it was before.
+A wrapper around the model's forward does the work (see `hf_forward`). Before a forward that carries a
+:class:`KVCache`, a paged step is opened for the batch and the model is switched to the paged attention function; after
+it, the step is committed and the model is what it was before.
 """
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from kvfold.cache import PagedCache, SequenceWork
 from kvfold.errors import ModelError, UnsupportedError
 from kvfold.formats import parse_bytes
 from kvfold.geometry import Geometry
-from kvfold.modeling import STEP_KEYWORD, AttentionSwitch, ModelStep
+from kvfold.hf_forward import CachedForward, SteppedCache, padding_mask, runnable_model
+from kvfold.modeling import ModelStep
 from kvfold.packed import PackedModel, check_model
 from kvfold.recipe import Recipe
 from kvfold.replay import replay
 from kvfold.retention.build import refusals
 from kvfold.rule import KeepRule
+from kvfold.untraced import untraced
 
 __all__ = ["KVCache"]
 
@@ -37,7 +37,7 @@ _REPEATED_TOKENS = 512
 """Tokens of the context that are repeated at a time, for retention methods that watch that."""
 
 
-class KVCache(Cache):
+class KVCache(SteppedCache):
     """A paged, packed cache for one ``generate()`` conversation with ``model``.
 
     ``recipe``: text or :class:`~kvfold.recipe.Recipe`. ``kv_memory``: a hard budget such as ``"2GiB"``; by default the
@@ -59,8 +59,7 @@ class KVCache(Cache):
         kv_memory: str | int | None = None,
         check: bool = True,
     ) -> None:
-        if not isinstance(model, PreTrainedModel):
-            raise ModelError(f"KVCache for a {type(model).__name__}", why="it is not a transformers model")
+        model = runnable_model(model)
         super().__init__(layers=[])
         self.recipe = Recipe.of(recipe, model.name_or_path)
         self.geometry = Geometry.from_config(model.config)
@@ -74,15 +73,19 @@ class KVCache(Cache):
         self._prompts: list[int] = []
         self._tokens: list[list[int]] = []
         self._model = model
-        self._hooks = _Hooks.on(model, check=check)
+        forward = CachedForward.on(model)
+        if check and not forward.checked:
+            check_model(model, self.geometry)
+            forward.checked = True
         self._pages = self._new_pages(model.dtype, model.device)
 
-    # What the hooks call.
+    # What the wrapper of the forward calls.
 
-    def open_step(self, inputs: Tensor, attention_mask: Tensor | None) -> ModelStep:
+    def open_step(self, model: PreTrainedModel, inputs: Tensor, attention_mask: object) -> ModelStep:
         """Reserves room for the new positions of ``inputs [B, T]`` (embeddings: ``[B, T, E]``); masked ones (padding)
         take none.
         """
+        self._follow(model)
         batch, count = inputs.shape[:2]
         if not self._seen.shape[1] and batch != len(self._sequences):
             self.reset()  # nothing has been stored yet, whatever an earlier forward that failed had begun
@@ -104,23 +107,47 @@ class KVCache(Cache):
         self._model_step = ModelStep(step, rows=rows)
         return self._model_step
 
+    @property
+    def in_forward(self) -> bool:
+        """Whether a forward of its model is running on it."""
+        return self._model_step is not None
+
+    @untraced
     def close_step(self, *, failed: bool) -> None:
-        """Commits the open step, or drops it when the forward failed."""
+        """Commits the open step, or drops it when the forward failed; nothing, when none is open."""
         if self._model_step is None:
             return
-        step, self._model_step = self._model_step.step, None
+        step = self._model_step.step
         if failed:
+            self._model_step = None
             self._pages.abandon(step)
             return
-        try:
-            self._pages.commit(step)
-        except BaseException:
-            self._pages.abandon(step)
-            raise
+        self._pages.commit(step)
+        self._model_step = None
         self._seen = np.concatenate((self._seen, self._pending), axis=1)
         if self.recipe.rule is not None:
             self._note_tokens()
             self._retain(self.recipe.rule, self._pending.sum(1))
+
+    def _follow(self, model: PreTrainedModel) -> None:
+        """Takes the dtype and the device that the model has now, while nothing is stored."""
+        if model is not self._model:
+            raise ModelError(
+                "this KVCache in a forward of another model",
+                why="it was made for a model of its own, of which this one may be a copy",
+                hint="make it with the model that runs: KVCache(model, ...)",
+            )
+        pages, now = self._pages, (model.dtype, model.device)
+        if (pages.dtype, pages.device) == now:
+            return
+        if self._seen.shape[1]:
+            raise UnsupportedError(
+                f"a model in {now[0]} on {now[1]}",
+                why=f"its KVCache holds keys and values in {pages.dtype} on {pages.device}",
+                hint="use a new KVCache, or reset() this one, after the model was cast or moved",
+            )
+        self.reset()
+        self._pages = self._new_pages(*now)
 
     def _note_tokens(self) -> None:
         """Remembers the tokens of the step, if the method of retention has them repeated."""
@@ -163,16 +190,12 @@ class KVCache(Cache):
         finally:
             packed.release()
 
-    def _real_tokens(self, batch: int, count: int, mask: Tensor | None) -> np.ndarray:
+    def _real_tokens(self, batch: int, count: int, mask: object) -> np.ndarray:
         """bool ``[B, count]``: which new positions are tokens. The mask must agree with what earlier steps said."""
         if mask is None:
             return np.ones((batch, count), dtype=bool)
         past = self._seen.shape[1]
-        if mask.dim() != 2 or mask.shape[1] != past + count:
-            raise UnsupportedError(
-                f"an attention mask of shape {tuple(mask.shape)}", why=f"a 2-D mask of {past + count} columns is needed"
-            )
-        bits = mask.to("cpu", torch.bool).numpy()
+        bits = padding_mask(mask, batch, past + count).numpy()
         if (bits[:, :past] != self._seen).any():
             raise UnsupportedError(
                 "a changed attention mask", why="positions already cached cannot be masked or unmasked"
@@ -192,6 +215,7 @@ class KVCache(Cache):
 
     # What transformers calls.
 
+    @untraced
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -201,7 +225,8 @@ class KVCache(Cache):
         if self._model_step is None:
             raise ModelError(
                 "this KVCache is not in a forward of its model",
-                hint="make it with the model that runs: KVCache(model, ...)",
+                why="a part of the model was called, or another one",
+                hint="call the whole model that it was made with: KVCache(model, ...)",
             )
         self._model_step.write_latent(key_states, value_states, layer_idx)
         return key_states, value_states
@@ -339,54 +364,3 @@ class KVCache(Cache):
 
     def __repr__(self) -> str:
         return f"KVCache({self.recipe}, {len(self._sequences)} x {self.get_seq_length()} tokens, {self.kv_bytes} bytes)"
-
-
-class _Hooks:
-    """The pair of hooks on a model, shared by all its KVCaches. They do nothing in a forward without one."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._switch = AttentionSwitch(model)
-        self._open: list[KVCache] = []
-        self._checked = False
-        self._signature = inspect.signature(model.forward)
-        model.register_forward_pre_hook(self.before, with_kwargs=True)
-        model.register_forward_hook(self.after, with_kwargs=True, always_call=True)
-
-    @classmethod
-    def on(cls, model: PreTrainedModel, *, check: bool) -> _Hooks:
-        """The hooks of ``model``, put there on first use."""
-        for hook in model._forward_pre_hooks.values():
-            owner = getattr(hook, "__self__", None)
-            if isinstance(owner, cls):
-                hooks = owner
-                break
-        else:
-            hooks = cls(model)
-        if check and not hooks._checked:
-            check_model(model, Geometry.from_config(model.config))
-            hooks._checked = True
-        return hooks
-
-    def before(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Opens a step if the forward carries a KVCache."""
-        while self._open:  # an interrupt (Ctrl-C) skips every hook: what it left open is undone here
-            self._switch.leave()
-            self._open.pop().close_step(failed=True)
-        given = self._signature.bind_partial(*args, **kwargs).arguments
-        cache = given.get("past_key_values")
-        if not isinstance(cache, KVCache):
-            return None
-        inputs = next((x for x in map(given.get, ("input_ids", "inputs_embeds")) if isinstance(x, Tensor)), None)
-        if inputs is None:
-            raise ModelError("a forward without input_ids or inputs_embeds")
-        step = cache.open_step(inputs, given.get("attention_mask"))
-        kwargs[STEP_KEYWORD] = step
-        self._switch.enter(step)
-        self._open.append(cache)
-        return args, kwargs
-
-    def after(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Closes the step that :meth:`before` opened. ``output`` is None when the forward raised."""
-        if self._open and STEP_KEYWORD in kwargs:
-            self._switch.leave()
-            self._open.pop().close_step(failed=output is None)

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from kvfold.cache import PagedCache, SequenceWork, Step
 from kvfold.errors import ModelError, UnsupportedError
 from kvfold.geometry import Geometry
-from kvfold.modeling import STEP_KEYWORD, AttentionSwitch, ModelStep, RopeGuard, StepCache
+from kvfold.modeling import ModelStep, RopeGuard, StepCache
 from kvfold.recipe import Recipe
+from kvfold.switch import AttentionSwitch
 
 __all__ = ["PackedModel", "check_model"]
 
@@ -54,7 +55,6 @@ class PackedModel:
                     past_key_values=StepCache(model_step, positions),
                     use_cache=False,
                     logits_to_keep=keep,
-                    **{STEP_KEYWORD: model_step},
                 )
         finally:
             self.attended |= model_step.attended

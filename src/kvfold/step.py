@@ -14,6 +14,7 @@ from kvfold.geometry import Geometry
 from kvfold.kernels.registry import OpRegistry
 from kvfold.memory.manager import Reservation
 from kvfold.retainer import ForwardInputs, Retainer
+from kvfold.retention.method import Notes
 
 __all__ = ["GroupStep", "SequenceWork", "Step", "StepLayers"]
 
@@ -76,6 +77,7 @@ class Step:
         self._retainer = retainer
         self._watched: list[tuple[Reservation, SequenceWork, slice]] = []
         self._stored: dict[int, tuple[Tensor, Tensor]] = {}
+        self._noted: list[tuple[int, int, Notes | None]] = []  # what was noted before this step, by layer and sequence
         first = 0
         for r, item in zip(reservations, work, strict=True):
             if item.watched and retainer is not None:
@@ -124,5 +126,12 @@ class Step:
         q, k, v = tokens
         for r, item, rows in self._watched:
             seq, replay = (item.replay[0], item.replay[1:]) if item.replay else (r.seq, None)
+            if item.replay is None:
+                self._noted.append((layer, seq, self._retainer.noted(layer, seq)))
             of_rows = (q[rows], k[rows], v[rows]), (stored[0][rows], stored[1][rows])
             self._retainer.observe(layer, seq, r.start, *of_rows, call, inputs.of(rows), replay)
+
+    def undo(self) -> None:
+        """Takes back what retention has noted in this step, when it is abandoned. Notes of a repetition stay."""
+        while self._noted and self._retainer is not None:
+            self._retainer.put_back(*self._noted.pop())
