@@ -128,7 +128,6 @@ def test_a_whole_graph_is_refused_with_a_cache_and_served_without(shallow: PreTr
     assert model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.xfail(strict=True, reason="issue 11, C.10: dtypes of autocast reach the kernels")
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("recipe", ["raw", "int8"])

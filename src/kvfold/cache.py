@@ -76,7 +76,7 @@ class PagedCache:
         self.dtype = dtype
         self.device = torch.device(device)
         self.groups: tuple[LayerGroup, ...] = geometry.groups(recipe, dtype.itemsize)
-        self._layers = StepLayers(geometry, geometry.layer_slot(recipe), full_registry())
+        self._layers = StepLayers(geometry, geometry.layer_slot(recipe), full_registry(), dtype)
         specs = [group_spec(group, window_margin, recipe) for group in self.groups]
         growable = kv_memory is None
         first = 8 * sum(spec.raw_block_bytes + spec.packed_block_bytes for spec in specs)

@@ -8,7 +8,7 @@ of any length lie in the rows of the batch (or packed in one row) without paddin
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Final, cast
 
@@ -76,6 +76,7 @@ class ModelStep:
         hidden, rotary = self._given.pop(module, (None, None))
         if not isinstance(hidden, Tensor):
             return ForwardInputs(module)
+        hidden = hidden.detach().to(self.step.layers.dtype)
         if isinstance(rotary, tuple) and all(isinstance(x, Tensor) and x.dim() == 3 for x in rotary):
             cos, sin = (self._rows(x.expand(hidden.shape[0], -1, -1)) for x in rotary)
             return ForwardInputs(module, self._rows(hidden), (cos, sin))
@@ -90,19 +91,38 @@ class ModelStep:
         """
         self._updated = layer
         if self._layer(layer).kind == "latent":
-            self.step.write(layer, self._flat(k), self._flat(v))
+            self._write(layer, self._flat(k), self._flat(v))
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, call: dict[str, Any]) -> Tensor:
         """Attention of ``query [B, Hq, T, D]`` with fresh ``key, value [B, H, T, D]``: ``[B, T, Hq, Dv]``, zeros at
         padding.
         """
-        index = self._updated if self._updated is not None else int(module.layer_idx)  # type: ignore[arg-type]
+        index = self._updated if self._updated is not None else getattr(module, "layer_idx", None)
         self._updated = None
+        if not isinstance(index, int):
+            why = "it attends with the decoder's config, and is none of its layers"
+            raise UnsupportedError(f"attention of {type(module).__name__}", why=why)
         if index in self.attended:
             raise UnsupportedError(f"attention of {type(module).__name__}", why="it attends more than once in a layer")
         self.attended.add(index)
-        layer = self._layer(index)
-        q, k, v = self._flat(query), self._flat(key), self._flat(value)
+        rows = self._flat(query), self._flat(key), self._flat(value)
+        sources = [x for x in (*rows, call["s_aux"]) if x is not None and x.requires_grad and torch.is_grad_enabled()]
+        exact = not sources or (call["softcap"] is None and call["s_aux"] is None and self.step.differentiable)
+        with torch.set_grad_enabled(exact and torch.is_grad_enabled()), _plain_arithmetic(query.device):
+            out = self._attend(module, index, query, rows, call).to(query.dtype)
+        if sources and not (exact and out.requires_grad):
+            out = _NoGradient.apply(out, *sources)  # type: ignore[no-untyped-call]
+        if self.rows is not None:
+            padded = out.new_zeros((query.shape[0] * query.shape[2], *out.shape[1:]))
+            out = padded.index_copy_(0, self.rows, out)
+        return out.reshape(query.shape[0], query.shape[2], *out.shape[1:])
+
+    def _attend(
+        self, module: nn.Module, index: int, query: Tensor, rows: tuple[Tensor, Tensor, Tensor], call: dict[str, Any]
+    ) -> Tensor:
+        """Attention of a step's rows ``[N, H, D]`` in layer ``index``, in the dtype of the pages: ``[N, Hq, Dv]``."""
+        layer, dtype = self._layer(index), self.step.layers.dtype
+        q, k, v = (x.to(dtype) for x in rows)
         tiles = k.shape[1] // layer.kv_heads if layer.kind not in ("latent", "none") else 1
         if tiles > 1:
             q, k, v = _gathered(q, tiles), k[:, : layer.kv_heads], v[:, : layer.kv_heads]
@@ -111,7 +131,7 @@ class ModelStep:
             nope = query.shape[-1] - layer.v_dim
             latent = LatentProjection.of(module, q_heads=query.shape[1], nope=nope, rope=layer.v_dim, rank=layer.k_dim)
         elif layer.source == index:
-            self.step.write(index, k, v)
+            self._write(index, k, v)
         ask = LayerCall(
             scale=call["scaling"] if call["scaling"] is not None else query.shape[-1] ** -0.5,
             kind=cast("AttendedKind", layer.kind),
@@ -121,12 +141,12 @@ class ModelStep:
             latent=latent,
         )
         out = self.step.attend(index, q, k, v, ask, self._inputs(module))
-        if tiles > 1:
-            out = _gathered(out, layer.kv_heads)
-        if self.rows is not None:
-            padded = out.new_zeros((query.shape[0] * query.shape[2], *out.shape[1:]))
-            out = padded.index_copy_(0, self.rows, out)
-        return out.reshape(query.shape[0], query.shape[2], *out.shape[1:])
+        return _gathered(out, layer.kv_heads) if tiles > 1 else out
+
+    @torch.no_grad()
+    def _write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        dtype = self.step.layers.dtype
+        self.step.write(layer, k.detach().to(dtype), v.detach().to(dtype))
 
     def _layer(self, index: int) -> LayerGeometry:
         layers = self.step.layers.geometry.layers
@@ -142,6 +162,31 @@ class ModelStep:
         """``[B, T, ...]`` to the stored tokens' rows ``[N, ...]``."""
         flat = x.squeeze(0) if x.shape[0] == 1 else x.reshape(-1, *x.shape[2:])
         return flat if self.rows is None else flat.index_select(0, self.rows)
+
+
+def _plain_arithmetic(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast off: attention on pages computes in the pages' dtype."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+class _NoGradient(torch.autograd.Function):
+    """Attention through pages or kernels, which know no gradients: the values as they are, an error in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *sources: Tensor) -> Tensor:
+        """``out``, as a function of ``sources``."""
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        """Raises UnsupportedError."""
+        raise UnsupportedError(
+            "a gradient through attention on a KVCache",
+            why="the past lies in pages, and kernels, soft caps and sinks on them have no backward",
+            hint="run the whole text in one forward without a cache (use_cache=False), or decode under torch.no_grad()",
+        )
 
 
 def _gathered(x: Tensor, tiles: int) -> Tensor:

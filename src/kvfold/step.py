@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kvfold.attention.pieces import LayerCall
@@ -45,12 +46,13 @@ class GroupStep:
 class StepLayers:
     """What is the same in every step: the model's layers, where each one's pages are, and the kernels.
 
-    ``slots``: layer -> (group, layer within the group) whose pages it reads.
+    ``slots``: layer -> (group, layer within the group) whose pages it reads. ``dtype``: of the rows that pages take.
     """
 
     geometry: Geometry
     slots: Mapping[int, tuple[int, int]]
     registry: OpRegistry
+    dtype: torch.dtype
 
     def slot(self, layer: int) -> tuple[int, int]:
         """(group, layer within the group) whose pages a layer reads."""
@@ -89,6 +91,11 @@ class Step:
         """Whether `attend` is to be told what the layer's attention was given."""
         return bool(self._watched) and self._retainer is not None and self._retainer.method.wants_hidden
 
+    @property
+    def differentiable(self) -> bool:
+        """Whether attention reads nothing but the step's own rows, as the layers have made them: gradients flow."""
+        return all(r.start == 0 and r.new_tokens > 1 for r in self.reservations)
+
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Stores a layer's new keys and values, ``k [N, Hkv, Dk]`` and ``v [N, Hkv, Dv]``."""
         g, index = self.layers.slot(layer)
@@ -112,6 +119,7 @@ class Step:
             self._show(layer, (q, k, v), stored, call, inputs)
         return out
 
+    @torch.no_grad()
     def _show(
         self,
         layer: int,
