@@ -71,6 +71,23 @@ def test_an_overlay_over_embeddings_is_refused(models: dict[str, PreTrainedModel
         model(inputs_embeds=embeddings, token_type_ids=types, past_key_values=KVCache(model))
 
 
+@pytest.mark.xfail(strict=True, reason="issue 11, A.3: a repetition leaves the image out")
+@torch.no_grad()
+@pytest.mark.parametrize("given", ["image", "embeddings"])
+def test_what_cannot_be_repeated_is_refused_before_the_first_token(
+    models: dict[str, PreTrainedModel], given: str
+) -> None:
+    model, inputs = models["llava"], image_inputs("llava")
+    cache = KVCache(model, "raw,block=4,recent=4,sinks=0+kvzip(keep=0.5)")
+    if given == "embeddings":
+        inputs = {"inputs_embeds": model.get_input_embeddings()(prompt(1, 16))}
+    with pytest.raises(UnsupportedError, match="repeat") as error:
+        model(**inputs, past_key_values=cache)
+    assert error.value.hint
+    assert (cache.get_seq_length(), cache.kv_bytes) == (0, 0)
+    model(prompt(1, 16), past_key_values=cache)
+
+
 @torch.no_grad()
 def test_token_types_that_mark_nothing_change_nothing(models: dict[str, PreTrainedModel]) -> None:
     model, ids = models["gemma3"], prompt(2, 40)

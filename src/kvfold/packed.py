@@ -78,7 +78,7 @@ def check_model(model: PreTrainedModel, geometry: Geometry) -> None:
     """Compares a short packed forward (two sequences, one of them in two chunks) with the stock path.
 
     Raises UnsupportedError, by the model's name and with the reason, if they differ or the packed forward fails. Where
-    a model's logits depend on what else is in the batch, as with dynamically quantized weights, they may differ as much.
+    a model's logits depend on what else is in the batch (dynamically quantized weights), they may differ as much.
     """
     name = geometry.model_type
     reasons = geometry.unsupported()
