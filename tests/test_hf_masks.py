@@ -71,7 +71,6 @@ def test_an_overlay_over_embeddings_is_refused(models: dict[str, PreTrainedModel
         model(inputs_embeds=embeddings, token_type_ids=types, past_key_values=KVCache(model))
 
 
-@pytest.mark.xfail(strict=True, reason="issue 11, A.3: a repetition leaves the image out")
 @torch.no_grad()
 @pytest.mark.parametrize("given", ["image", "embeddings"])
 def test_what_cannot_be_repeated_is_refused_before_the_first_token(

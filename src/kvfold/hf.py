@@ -8,6 +8,7 @@ it, the step is committed and the model is what it was before.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -81,11 +82,14 @@ class KVCache(SteppedCache):
 
     # What the wrapper of the forward calls.
 
-    def open_step(self, model: PreTrainedModel, inputs: Tensor, attention_mask: object) -> ModelStep:
+    def open_step(
+        self, model: PreTrainedModel, inputs: Tensor, attention_mask: object, others: Sequence[str] = ()
+    ) -> ModelStep:
         """Reserves room for the new positions of ``inputs [B, T]`` (embeddings: ``[B, T, E]``); masked ones (padding)
-        take none.
+        take none. ``others``: names of what is given beside text.
         """
         self._follow(model)
+        self._refuse_repetition(inputs, others)
         batch, count = inputs.shape[:2]
         if not self._seen.shape[1] and batch != len(self._sequences):
             self.reset()  # nothing has been stored yet, whatever an earlier forward that failed had begun
@@ -149,14 +153,21 @@ class KVCache(SteppedCache):
         self.reset()
         self._pages = self._new_pages(*now)
 
+    def _refuse_repetition(self, inputs: Tensor, others: Sequence[str]) -> None:
+        """UnsupportedError if the method of retention has tokens repeated, and the forward is given more than those."""
+        retainer = self._pages.retainer
+        if retainer is None or not retainer.method.replays or (inputs.dim() == 2 and not others):
+            return
+        given = ", ".join(others) or "embeddings"
+        why = f"its method has the tokens repeated, and the model is given {given}"
+        hint = "give it input_ids alone, or use a method that does not repeat them"
+        raise UnsupportedError(f"retention under {self.recipe}", why=why, hint=hint)
+
     def _note_tokens(self) -> None:
         """Remembers the tokens of the step, if the method of retention has them repeated."""
         retainer = self._pages.retainer
         if retainer is None or not retainer.method.replays:
             return
-        if self._inputs.dim() != 2:
-            why = "its method has the tokens repeated, and the model is given embeddings"
-            raise UnsupportedError(f"retention under {self.recipe}", why=why, hint="give it input_ids")
         self._tokens = self._tokens or [[] for _ in self._sequences]
         for row, ids, real in zip(self._tokens, self._inputs.tolist(), self._pending, strict=True):
             row += [token for token, is_one in zip(ids, real, strict=True) if is_one]

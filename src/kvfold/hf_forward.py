@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any, Final
 
@@ -31,12 +31,24 @@ _NO_GRAPH: Final = (
 )
 
 
+_TEXT: Final = frozenset(
+    "input_ids inputs_embeds attention_mask position_ids cache_position token_type_ids mm_token_type_ids labels "
+    "logits_to_keep".split()
+)
+"""Tensors of a forward that are its text, or say something about it."""
+
+
 class SteppedCache(Cache, ABC):
     """A cache that is told when a forward of its model begins and ends."""
 
     @abstractmethod
-    def open_step(self, model: PreTrainedModel, inputs: Tensor, attention_mask: object) -> ModelStep:
-        """Reserves room for the new positions of a forward of ``model``: ``inputs [B, T]``, or ``[B, T, E]``."""
+    def open_step(
+        self, model: PreTrainedModel, inputs: Tensor, attention_mask: object, others: Sequence[str]
+    ) -> ModelStep:
+        """Reserves room for the new positions of a forward of ``model``: ``inputs [B, T]``, or ``[B, T, E]``.
+
+        ``others``: names of tensors beside the text, such as images.
+        """
 
     @abstractmethod
     def close_step(self, *, failed: bool) -> None:
@@ -108,7 +120,8 @@ class CachedForward:
         if inputs is None:
             raise ModelError("a forward without input_ids or inputs_embeds")
         self._refuse_attentions(given.get("output_attentions"))
-        return cache.open_step(self._model, inputs, given.get("attention_mask"))
+        others = [name for name, value in given.items() if isinstance(value, Tensor) and name not in _TEXT]
+        return cache.open_step(self._model, inputs, given.get("attention_mask"), others)
 
     def _refuse_attentions(self, asked: object) -> None:
         """Raises UnsupportedError if the forward is to give attention weights, by argument or by config."""
