@@ -21,10 +21,10 @@ from kvfold.errors import ModelError, UnsupportedError
 from kvfold.formats import parse_bytes
 from kvfold.geometry import Geometry
 from kvfold.hf_forward import CachedForward, SteppedCache, padding_mask, runnable_model
+from kvfold.hf_retention import refuse_repetition, repeat
 from kvfold.modeling import ModelStep
-from kvfold.packed import PackedModel, check_model
+from kvfold.packed import check_model
 from kvfold.recipe import Recipe
-from kvfold.replay import replay
 from kvfold.retention.build import refusals
 from kvfold.rule import KeepRule
 from kvfold.untraced import untraced
@@ -33,9 +33,6 @@ __all__ = ["KVCache"]
 
 _ROLLBACK_TOKENS = 64
 """What a sliding layer keeps behind its window when a decoding method announces that it will roll back."""
-
-_REPEATED_TOKENS = 512
-"""Tokens of the context that are repeated at a time, for retention methods that watch that."""
 
 
 class KVCache(SteppedCache):
@@ -89,7 +86,7 @@ class KVCache(SteppedCache):
         take none. ``others``: names of what is given beside text.
         """
         self._follow(model)
-        self._refuse_repetition(inputs, others)
+        refuse_repetition(self._pages, inputs, others)
         batch, count = inputs.shape[:2]
         if not self._seen.shape[1] and batch != len(self._sequences):
             self.reset()  # nothing has been stored yet, whatever an earlier forward that failed had begun
@@ -153,16 +150,6 @@ class KVCache(SteppedCache):
         self.reset()
         self._pages = self._new_pages(*now)
 
-    def _refuse_repetition(self, inputs: Tensor, others: Sequence[str]) -> None:
-        """UnsupportedError if the method of retention has tokens repeated, and the forward is given more than those."""
-        retainer = self._pages.retainer
-        if retainer is None or not retainer.method.replays or (inputs.dim() == 2 and not others):
-            return
-        given = ", ".join(others) or "embeddings"
-        why = f"its method has the tokens repeated, and the model is given {given}"
-        hint = "give it input_ids alone, or use a method that does not repeat them"
-        raise UnsupportedError(f"retention under {self.recipe}", why=why, hint=hint)
-
     def _note_tokens(self) -> None:
         """Remembers the tokens of the step, if the method of retention has them repeated."""
         retainer = self._pages.retainer
@@ -187,19 +174,8 @@ class KVCache(SteppedCache):
             elif (point := rule.next_point(before, self._prompts[i])) is None or point > length:
                 continue
             if self._tokens:
-                self._repeat(seq, self._tokens[i])
+                repeat(self._model, self._pages, seq, self._tokens[i])
             self._pages.retain(seq)
-
-    def _repeat(self, seq: int, tokens: list[int]) -> None:
-        """Has the model repeat a row's tokens before retention drops some of them."""
-        retainer = self._pages.retainer
-        if retainer is None or not retainer.would_drop(seq):
-            return
-        packed = PackedModel(self._model)
-        try:  # in small parts: a cache that grows would grow for each
-            replay(packed, self._pages, seq, tokens, first=retainer.done_until(seq), chunk=_REPEATED_TOKENS)
-        finally:
-            packed.release()
 
     def _real_tokens(self, batch: int, count: int, mask: object) -> np.ndarray:
         """bool ``[B, count]``: which new positions are tokens. The mask must agree with what earlier steps said."""
