@@ -286,7 +286,6 @@ def failing_at(module: nn.Module, calls: int) -> Any:
     return module.register_forward_pre_hook(fail)
 
 
-@pytest.mark.xfail(strict=True, reason="issue 11, B.6: the forward is committed, and its retry adds its tokens again")
 @pytest.mark.parametrize("batch", [1, 2])
 @torch.no_grad()
 def test_an_interrupt_while_a_context_is_repeated_takes_the_forward_back(batch: int) -> None:
@@ -304,7 +303,6 @@ def test_an_interrupt_while_a_context_is_repeated_takes_the_forward_back(batch: 
     assert cache.kv_bytes == alone.kv_bytes
 
 
-@pytest.mark.xfail(strict=True, reason="issue 11, B.6: the forward is committed, and its retry adds its tokens again")
 @torch.no_grad()
 def test_an_interrupt_between_two_rows_retention_ends_the_cache() -> None:
     """The first row has lost tokens already: that cannot be taken back, and is not hidden."""

@@ -27,6 +27,7 @@ from kvfold.packed import check_model
 from kvfold.recipe import Recipe
 from kvfold.retention.build import refusals
 from kvfold.rule import KeepRule
+from kvfold.step import Step
 from kvfold.untraced import untraced
 
 __all__ = ["KVCache"]
@@ -66,6 +67,7 @@ class KVCache(SteppedCache):
         self._budget = None if kv_memory is None else parse_bytes(kv_memory)
         self._model_step: ModelStep | None = None
         self._recording = False
+        self._interrupted = False
         self._sequences: list[int] = []
         self._seen = np.zeros((0, 0), dtype=bool)
         self._prompts: list[int] = []
@@ -85,6 +87,9 @@ class KVCache(SteppedCache):
         """Reserves room for the new positions of ``inputs [B, T]`` (embeddings: ``[B, T, E]``); masked ones (padding)
         take none. ``others``: names of what is given beside text.
         """
+        if self._interrupted:
+            why = "retention behind the last forward was interrupted, when it could not be taken back any more"
+            raise UnsupportedError("a forward on this cache", why=why, hint="reset() it, or use a new KVCache")
         self._follow(model)
         refuse_repetition(self._pages, inputs, others)
         batch, count = inputs.shape[:2]
@@ -127,8 +132,25 @@ class KVCache(SteppedCache):
         self._model_step = None
         self._seen = np.concatenate((self._seen, self._pending), axis=1)
         if self.recipe.rule is not None:
-            self._note_tokens()
-            self._retain(self.recipe.rule, self._pending.sum(1))
+            prompts, runs = list(self._prompts), self._retention_runs()
+            try:
+                self._note_tokens()
+                self._retain(self.recipe.rule, self._pending.sum(1))
+            except BaseException:
+                self._take_back(step, prompts, lost=self._retention_runs() != runs)
+                raise
+
+    def _retention_runs(self) -> int:
+        return 0 if self._pages.retainer is None else self._pages.retainer.stats.runs
+
+    def _take_back(self, step: Step, prompts: list[int], *, lost: bool) -> None:
+        """Undoes a committed forward whose retention failed. ``lost``: a row has lost tokens; that cannot be undone."""
+        if lost or any(layer.window for layer in self.geometry.layers):
+            self._interrupted = True
+            return
+        self.crop(-self._pending.shape[1])
+        step.undo()
+        self._prompts = prompts
 
     def _follow(self, model: PreTrainedModel) -> None:
         """Takes the dtype and the device that the model has now, while nothing is stored."""
@@ -236,6 +258,7 @@ class KVCache(SteppedCache):
 
     def reset(self) -> None:
         """Forgets everything; the memory goes back."""
+        self._interrupted = False
         for seq in self._sequences:
             self._pages.free(seq)
         if self._recording:
