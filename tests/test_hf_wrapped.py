@@ -217,12 +217,31 @@ def test_adapters_run_on_the_cache_of_their_base_model(model: PreTrainedModel) -
     assert cache.get_seq_length() == 32
 
 
-@pytest.mark.parametrize("kind", ["PrefixTuningConfig", "PromptTuningConfig"])
-def test_learned_prompts_are_refused(model: PreTrainedModel, kind: str) -> None:
-    adapted = peft.get_peft_model(model, getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+@torch.no_grad()
+def test_virtual_tokens_that_are_embeddings_run_on_the_cache_of_the_base_model(model: PreTrainedModel) -> None:
+    adapted = peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    wanted = adapted.generate(input_ids=IDS, **OPTIONS)
+    cache = KVCache(adapted.get_base_model())
+    assert torch.equal(adapted.generate(input_ids=IDS, **OPTIONS, past_key_values=cache), wanted)
+    assert cache.get_seq_length() == 36
+
+
+def test_virtual_tokens_that_are_keys_and_values_are_refused(model: PreTrainedModel) -> None:
+    adapted = peft.get_peft_model(model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
     with pytest.raises(UnsupportedError, match="virtual tokens") as error:
         KVCache(adapted)
     assert error.value.hint
+    with pytest.raises(UnsupportedError, match="virtual tokens") as error:
+        adapted.generate(input_ids=IDS, **OPTIONS, past_key_values=KVCache(adapted.get_base_model()))
+    assert error.value.hint
+
+
+def test_a_model_without_a_head_is_refused_and_left_alone(model: PreTrainedModel) -> None:
+    with pytest.raises(ModelError, match="no logits") as error:
+        KVCache(model.model)
+    assert error.value.hint
+    assert "forward" not in vars(model.model)
 
 
 @pytest.mark.parametrize("other", [nn.Linear(2, 2), nn.DataParallel(llama()), "a path", None])

@@ -73,10 +73,9 @@ class KVCache(SteppedCache):
         self._prompts: list[int] = []
         self._tokens: list[list[int]] = []
         self._model = model
-        forward = CachedForward.on(model)
-        if check and not forward.checked:
+        if check and not CachedForward.has_checked(model):
             check_model(model, self.geometry)
-            forward.checked = True
+        CachedForward.on(model).checked |= check
         self._pages = self._new_pages(model.dtype, model.device)
 
     # What the wrapper of the forward calls.
@@ -255,6 +254,18 @@ class KVCache(SteppedCache):
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: bounded by memory, not by a length."""
         return -1
+
+    @property
+    def max_cache_len(self) -> int:
+        """Not to be had: peft asks a cache for it when it is about to put another one, with learned keys, in its place.
+
+        Raises UnsupportedError.
+        """
+        raise UnsupportedError(
+            "virtual tokens of peft on a KVCache",
+            why="prefix tuning and cartridges bring keys and values in a cache of their own, which takes its place",
+            hint="use an adapter that changes weights (LoRA and its kin), or transformers' own cache",
+        )
 
     def reset(self) -> None:
         """Forgets everything; the memory goes back."""

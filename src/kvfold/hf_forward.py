@@ -82,6 +82,12 @@ class CachedForward:
             forward = model.forward = cls(model)
         return forward
 
+    @classmethod
+    def has_checked(cls, model: PreTrainedModel) -> bool:
+        """Whether the paged path of ``model`` was compared with its own before."""
+        forward = model.__dict__.get("forward")
+        return isinstance(forward, cls) and forward.checked
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """A copy or pickle of the model gets the forward that this one stands for, not this one."""
         forward = self._forward
@@ -162,10 +168,11 @@ def runnable_model(model: object) -> PreTrainedModel:
         return model
     what = f"KVCache for a {type(model).__name__}"
     if any(kind.__module__.startswith("peft.") and kind.__name__ == "PeftModel" for kind in type(model).__mro__):
-        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        learned = getattr(getattr(model, "active_peft_config", None), "peft_type", "")
+        if any(name in str(learned) for name in ("PREFIX_TUNING", "CARTRIDGE")):
             raise UnsupportedError(
                 what,
-                why="peft puts its virtual tokens in front, as embeddings or in a cache of its own",
+                why="the keys and values of its virtual tokens come in a cache of their own",
                 hint="use an adapter that changes weights (LoRA and its kin), or transformers' own cache",
             )
         why = "it wraps the transformers model that runs"

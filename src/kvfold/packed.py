@@ -159,7 +159,11 @@ def _stock_logits(model: PreTrainedModel, prompt: Tensor, positions: Tensor | No
     """Logits ``[n, V]`` of the model's own forward, in float32, at its own or at the given ``positions [n]``."""
     given = {} if positions is None else {"position_ids": positions[None]}
     with torch.inference_mode():
-        logits: Tensor = model(input_ids=prompt[None], use_cache=False, **given).logits[0]
+        output = model(input_ids=prompt[None], use_cache=False, **given)
+    if not isinstance(getattr(output, "logits", None), Tensor):
+        hint = "pass the model with its language modelling head, as AutoModelForCausalLM gives it"
+        raise ModelError(f"a {type(model).__name__}", why="its forward gives no logits", hint=hint)
+    logits: Tensor = output.logits[0]
     return logits.float()
 
 
