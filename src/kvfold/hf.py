@@ -106,10 +106,9 @@ class KVCache(SteppedCache):
         real = self._real_tokens(batch, count, attention_mask)
         counts = real.sum(1)
         work = [SequenceWork(seq, int(n)) for seq, n in zip(self._sequences, counts, strict=True) if n]
-        step = self._pages.begin(work)
         rows = None if real.all() else torch.from_numpy(np.flatnonzero(real)).to(self._pages.device)
         self._pending, self._inputs = real, inputs
-        self._model_step = ModelStep(step, rows=rows)
+        self._model_step = ModelStep(self._pages.begin(work), rows=rows)
         return self._model_step
 
     @property
