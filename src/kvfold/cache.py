@@ -30,18 +30,18 @@ from kvfold.attention.tables import (
 from kvfold.codecs.pages import ArenaMemory, PageStore, copy_blocks, seal, unseal, zero_blocks
 from kvfold.codecs.summaries import summarise
 from kvfold.errors import UnsupportedError
-from kvfold.formats import TABLE_ENTRY_BYTES
 from kvfold.geometry import Geometry, LayerGroup
 from kvfold.kernels.catalog import full_registry
-from kvfold.memory.manager import CacheManager, GroupSpec, Reservation
+from kvfold.memory.manager import CacheManager, Reservation
 from kvfold.recipe import Recipe
 from kvfold.retainer import Retainer
 from kvfold.retention.build import build_method, refusals
 from kvfold.retrieval.build import build_retrieval, retrieval_refusals
 from kvfold.retriever import Retriever, whole_blocks
+from kvfold.spec import group_spec
 from kvfold.step import GroupStep, SequenceWork, Step, StepLayers
 
-__all__ = ["PagedCache", "SequenceWork", "Step", "group_spec"]
+__all__ = ["PagedCache", "SequenceWork", "Step"]
 
 
 _DecodeKey = tuple[tuple[int, int], ...]
@@ -76,7 +76,7 @@ class PagedCache:
         self.dtype = dtype
         self.device = torch.device(device)
         self.groups: tuple[LayerGroup, ...] = geometry.groups(recipe, dtype.itemsize)
-        self._layers = StepLayers(geometry, geometry.layer_slot(recipe), full_registry())
+        self._layers = StepLayers(geometry, geometry.layer_slot(recipe), full_registry(), dtype)
         specs = [group_spec(group, window_margin, recipe) for group in self.groups]
         growable = kv_memory is None
         first = 8 * sum(spec.raw_block_bytes + spec.packed_block_bytes for spec in specs)
@@ -207,6 +207,7 @@ class PagedCache:
 
     def abandon(self, step: Step) -> None:
         """Drops a step: every block it reserved goes back."""
+        step.undo()
         self._roll_back(step.reservations)
 
     def _roll_back(self, reservations: Sequence[Reservation]) -> None:
@@ -374,27 +375,3 @@ class PagedCache:
             offset = self.manager.pool(g, state).offset(np.asarray(ids, np.int64))
             writes.append(place_rows(pages, store, offset, np.asarray([counts, slots, firsts]), total))
         return writes
-
-
-def group_spec(group: LayerGroup, margin: int = 0, recipe: Recipe | None = None) -> GroupSpec:
-    """What the books are told of a layer group. ``margin``: tokens to keep behind its window. ``recipe``: whose
-    retention runs on groups without a window (None: none does).
-    """
-    rule = recipe.rule if recipe is not None and group.window is None else None
-    biased = (
-        rule is not None and recipe is not None and recipe.method is not None and build_method(recipe.method).merges
-    )
-    return GroupSpec(
-        name=group.name,
-        raw_block_bytes=group.raw_block_bytes,
-        packed_block_bytes=group.packed_block_bytes,
-        sinks=group.sinks,
-        recent=group.recent,
-        kind=group.kind,
-        window=group.window,
-        margin=margin,
-        pages=group.pages_per_block,
-        rule=rule,
-        # The biases of a page's tokens, float32, counted in entries of tables.
-        page_entries=1 + -(-4 * group.raw.block_size // TABLE_ENTRY_BYTES) if biased else 1,
-    )

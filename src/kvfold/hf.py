@@ -1,44 +1,43 @@
 """The drop-in cache for transformers' ``generate()``:
 ``model.generate(**inputs, past_key_values=KVCache(model, "int4"))``.
 
-Two hooks on the model do the work. Before a forward that carries a :class:`KVCache`, a paged step is opened for the
-batch and the model is switched to the paged attention function; after it, the step is committed and the model is what
-it was before.
+A wrapper around the model's forward does the work (see `hf_forward`). Before a forward that carries a
+:class:`KVCache`, a paged step is opened for the batch and the model is switched to the paged attention function; after
+it, the step is committed and the model is what it was before.
 """
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from kvfold.cache import PagedCache, SequenceWork
 from kvfold.errors import ModelError, UnsupportedError
 from kvfold.formats import parse_bytes
 from kvfold.geometry import Geometry
-from kvfold.modeling import STEP_KEYWORD, AttentionSwitch, ModelStep
-from kvfold.packed import PackedModel, check_model
+from kvfold.hf_forward import CachedForward, SteppedCache, padding_mask, runnable_model
+from kvfold.hf_retention import refuse_repetition, repeat
+from kvfold.modeling import ModelStep
+from kvfold.packed import check_model
 from kvfold.recipe import Recipe
-from kvfold.replay import replay
 from kvfold.reread import ReadAgain, StoredFactors
 from kvfold.retention.build import refusals
 from kvfold.rule import KeepRule
+from kvfold.step import Step
+from kvfold.untraced import untraced
 
 __all__ = ["KVCache"]
 
 _ROLLBACK_TOKENS = 64
 """What a sliding layer keeps behind its window when a decoding method announces that it will roll back."""
 
-_REPEATED_TOKENS = 512
-"""Tokens of the context that are repeated at a time, for retention methods that watch that."""
 
-
-class KVCache(Cache):
+class KVCache(SteppedCache):
     """A paged, packed cache for one ``generate()`` conversation with ``model``.
 
     ``recipe``: text or :class:`~kvfold.recipe.Recipe`. ``kv_memory``: a hard budget such as ``"2GiB"``; by default the
@@ -60,8 +59,7 @@ class KVCache(Cache):
         kv_memory: str | int | None = None,
         check: bool = True,
     ) -> None:
-        if not isinstance(model, PreTrainedModel):
-            raise ModelError(f"KVCache for a {type(model).__name__}", why="it is not a transformers model")
+        model = runnable_model(model)
         super().__init__(layers=[])
         self.recipe = Recipe.of(recipe, model.name_or_path)
         self.geometry = Geometry.from_config(model.config)
@@ -70,6 +68,7 @@ class KVCache(Cache):
         self._budget = None if kv_memory is None else parse_bytes(kv_memory)
         self._model_step: ModelStep | None = None
         self._recording = False
+        self._interrupted = False
         self._sequences: list[int] = []
         self._seen = np.zeros((0, 0), dtype=bool)
         self._prompts: list[int] = []
@@ -77,15 +76,29 @@ class KVCache(Cache):
         self._model = model
         self.factors = StoredFactors(model)
         ReadAgain.put_on(model)
-        self._hooks = _Hooks.on(model, check=check)
+        if check and not CachedForward.has_checked(model):
+            check_model(model, self.geometry)
+        CachedForward.on(model).checked |= check
         self._pages = self._new_pages(model.dtype, model.device)
 
-    # What the hooks call.
+    # What the wrapper of the forward calls.
 
-    def open_step(self, inputs: Tensor, attention_mask: Tensor | None) -> ModelStep:
+    def open_step(
+        self,
+        model: PreTrainedModel,
+        inputs: Tensor,
+        attention_mask: object,
+        others: Sequence[str] = (),
+        positions: object = None,
+    ) -> ModelStep:
         """Reserves room for the new positions of ``inputs [B, T]`` (embeddings: ``[B, T, E]``); masked ones (padding)
-        take none.
+        take none. ``others``: names of what is given beside text. ``positions [B, T]``: if they are given.
         """
+        if self._interrupted:
+            why = "retention behind the last forward was interrupted, when it could not be taken back any more"
+            raise UnsupportedError("a forward on this cache", why=why, hint="reset() it, or use a new KVCache")
+        self._follow(model)
+        refuse_repetition(self._pages, inputs, others)
         batch, count = inputs.shape[:2]
         if not self._seen.shape[1] and batch != len(self._sequences):
             self.reset()  # nothing has been stored yet, whatever an earlier forward that failed had begun
@@ -98,41 +111,79 @@ class KVCache(Cache):
                 why=f"it holds {len(self._sequences)} sequences",
                 hint="use a new KVCache",
             )
+        self.factors.open(positions, self.get_seq_length(), count)
         real = self._real_tokens(batch, count, attention_mask)
         counts = real.sum(1)
         work = [SequenceWork(seq, int(n)) for seq, n in zip(self._sequences, counts, strict=True) if n]
-        step = self._pages.begin(work)
         rows = None if real.all() else torch.from_numpy(np.flatnonzero(real)).to(self._pages.device)
         self._pending, self._inputs = real, inputs
-        self._model_step = ModelStep(step, rows=rows)
+        self._model_step = ModelStep(self._pages.begin(work), rows=rows)
         return self._model_step
 
+    @property
+    def in_forward(self) -> bool:
+        """Whether a forward of its model is running on it."""
+        return self._model_step is not None
+
+    @untraced
     def close_step(self, *, failed: bool) -> None:
-        """Commits the open step, or drops it when the forward failed."""
+        """Commits the open step, or drops it when the forward failed; nothing, when none is open."""
         if self._model_step is None:
             return
-        step, self._model_step = self._model_step.step, None
+        step = self._model_step.step
         if failed:
+            self._model_step = None
             self._pages.abandon(step)
             return
-        try:
-            self._pages.commit(step)
-        except BaseException:
-            self._pages.abandon(step)
-            raise
+        self._pages.commit(step)
+        self._model_step = None
         self._seen = np.concatenate((self._seen, self._pending), axis=1)
         if self.recipe.rule is not None:
-            self._note_tokens()
-            self._retain(self.recipe.rule, self._pending.sum(1))
+            prompts, runs = list(self._prompts), self._retention_runs()
+            try:
+                self._note_tokens()
+                self._retain(self.recipe.rule, self._pending.sum(1))
+            except BaseException:
+                self._take_back(step, prompts, lost=self._retention_runs() != runs)
+                raise
+
+    def _retention_runs(self) -> int:
+        return 0 if self._pages.retainer is None else self._pages.retainer.stats.runs
+
+    def _take_back(self, step: Step, prompts: list[int], *, lost: bool) -> None:
+        """Undoes a committed forward whose retention failed. ``lost``: a row has lost tokens; that cannot be undone."""
+        if lost or any(layer.window for layer in self.geometry.layers):
+            self._interrupted = True
+            return
+        self.crop(-self._pending.shape[1])
+        step.undo()
+        self._prompts = prompts
+
+    def _follow(self, model: PreTrainedModel) -> None:
+        """Takes the dtype and the device that the model has now, while nothing is stored."""
+        if model is not self._model:
+            raise ModelError(
+                "this KVCache in a forward of another model",
+                why="it was made for a model of its own, of which this one may be a copy",
+                hint="make it with the model that runs: KVCache(model, ...)",
+            )
+        pages, now = self._pages, (model.dtype, model.device)
+        if (pages.dtype, pages.device) == now:
+            return
+        if self._seen.shape[1]:
+            raise UnsupportedError(
+                f"a model in {now[0]} on {now[1]}",
+                why=f"its KVCache holds keys and values in {pages.dtype} on {pages.device}",
+                hint="use a new KVCache, or reset() this one, after the model was cast or moved",
+            )
+        self.reset()
+        self._pages = self._new_pages(*now)
 
     def _note_tokens(self) -> None:
         """Remembers the tokens of the step, if the method of retention has them repeated."""
         retainer = self._pages.retainer
         if retainer is None or not retainer.method.replays:
             return
-        if self._inputs.dim() != 2:
-            why = "its method has the tokens repeated, and the model is given embeddings"
-            raise UnsupportedError(f"retention under {self.recipe}", why=why, hint="give it input_ids")
         self._tokens = self._tokens or [[] for _ in self._sequences]
         for row, ids, real in zip(self._tokens, self._inputs.tolist(), self._pending, strict=True):
             row += [token for token, is_one in zip(ids, real, strict=True) if is_one]
@@ -152,31 +203,15 @@ class KVCache(Cache):
             elif (point := rule.next_point(before, self._prompts[i])) is None or point > length:
                 continue
             if self._tokens:
-                self._repeat(seq, self._tokens[i])
+                repeat(self._model, self._pages, seq, self._tokens[i], self.factors.lengths)
             self._pages.retain(seq)
 
-    def _repeat(self, seq: int, tokens: list[int]) -> None:
-        """Has the model repeat a row's tokens before retention drops some of them."""
-        retainer = self._pages.retainer
-        if retainer is None or not retainer.would_drop(seq):
-            return
-        packed = PackedModel(self._model)
-        try:  # in small parts: a cache that grows would grow for each
-            first, lengths = retainer.done_until(seq), self.factors.lengths
-            replay(packed, self._pages, seq, tokens, first=first, chunk=_REPEATED_TOKENS, lengths=lengths)
-        finally:
-            packed.release()
-
-    def _real_tokens(self, batch: int, count: int, mask: Tensor | None) -> np.ndarray:
+    def _real_tokens(self, batch: int, count: int, mask: object) -> np.ndarray:
         """bool ``[B, count]``: which new positions are tokens. The mask must agree with what earlier steps said."""
         if mask is None:
             return np.ones((batch, count), dtype=bool)
         past = self._seen.shape[1]
-        if mask.dim() != 2 or mask.shape[1] != past + count:
-            raise UnsupportedError(
-                f"an attention mask of shape {tuple(mask.shape)}", why=f"a 2-D mask of {past + count} columns is needed"
-            )
-        bits = mask.to("cpu", torch.bool).numpy()
+        bits = padding_mask(mask, batch, past + count).numpy()
         if (bits[:, :past] != self._seen).any():
             raise UnsupportedError(
                 "a changed attention mask", why="positions already cached cannot be masked or unmasked"
@@ -196,6 +231,7 @@ class KVCache(Cache):
 
     # What transformers calls.
 
+    @untraced
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -205,7 +241,8 @@ class KVCache(Cache):
         if self._model_step is None:
             raise ModelError(
                 "this KVCache is not in a forward of its model",
-                hint="make it with the model that runs: KVCache(model, ...)",
+                why="a part of the model was called, or another one",
+                hint="call the whole model that it was made with: KVCache(model, ...)",
             )
         self._model_step.write_latent(key_states, value_states, layer_idx)
         return key_states, value_states
@@ -226,8 +263,21 @@ class KVCache(Cache):
         """-1: bounded by memory, not by a length."""
         return -1
 
+    @property
+    def max_cache_len(self) -> int:
+        """Not to be had: peft asks a cache for it when it is about to put another one, with learned keys, in its place.
+
+        Raises UnsupportedError.
+        """
+        raise UnsupportedError(
+            "virtual tokens of peft on a KVCache",
+            why="prefix tuning and cartridges bring keys and values in a cache of their own, which takes its place",
+            hint="use an adapter that changes weights (LoRA and its kin), or transformers' own cache",
+        )
+
     def reset(self) -> None:
         """Forgets everything; the memory goes back."""
+        self._interrupted = False
         for seq in self._sequences:
             self._pages.free(seq)
         if self._recording:
@@ -343,55 +393,3 @@ class KVCache(Cache):
 
     def __repr__(self) -> str:
         return f"KVCache({self.recipe}, {len(self._sequences)} x {self.get_seq_length()} tokens, {self.kv_bytes} bytes)"
-
-
-class _Hooks:
-    """The pair of hooks on a model, shared by all its KVCaches. They do nothing in a forward without one."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._switch = AttentionSwitch(model)
-        self._open: list[KVCache] = []
-        self._checked = False
-        self._signature = inspect.signature(model.forward)
-        model.register_forward_pre_hook(self.before, with_kwargs=True)
-        model.register_forward_hook(self.after, with_kwargs=True, always_call=True)
-
-    @classmethod
-    def on(cls, model: PreTrainedModel, *, check: bool) -> _Hooks:
-        """The hooks of ``model``, put there on first use."""
-        for hook in model._forward_pre_hooks.values():
-            owner = getattr(hook, "__self__", None)
-            if isinstance(owner, cls):
-                hooks = owner
-                break
-        else:
-            hooks = cls(model)
-        if check and not hooks._checked:
-            check_model(model, Geometry.from_config(model.config))
-            hooks._checked = True
-        return hooks
-
-    def before(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Opens a step if the forward carries a KVCache."""
-        while self._open:  # an interrupt (Ctrl-C) skips every hook: what it left open is undone here
-            self._switch.leave()
-            self._open.pop().close_step(failed=True)
-        given = self._signature.bind_partial(*args, **kwargs).arguments
-        cache = given.get("past_key_values")
-        if not isinstance(cache, KVCache):
-            return None
-        inputs = next((x for x in map(given.get, ("input_ids", "inputs_embeds")) if isinstance(x, Tensor)), None)
-        if inputs is None:
-            raise ModelError("a forward without input_ids or inputs_embeds")
-        cache.factors.open(given, cache.get_seq_length(), inputs.shape[1])
-        step = cache.open_step(inputs, given.get("attention_mask"))
-        kwargs[STEP_KEYWORD] = step
-        self._switch.enter(step)
-        self._open.append(cache)
-        return args, kwargs
-
-    def after(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Closes the step that :meth:`before` opened. ``output`` is None when the forward raised."""
-        if self._open and STEP_KEYWORD in kwargs:
-            self._switch.leave()
-            self._open.pop().close_step(failed=output is None)

@@ -40,14 +40,15 @@ class StoredFactors:
         """Whether a forward that gets to ``coming`` positions has other factors."""
         return self._key(self.length) != self._key(coming)
 
-    def open(self, given: Mapping[str, Any], held: int, new: int) -> None:
-        """Notes a forward of ``new`` positions, with arguments ``given``, behind ``held`` ones in the cache.
+    def open(self, positions: object, held: int, new: int) -> None:
+        """Notes a forward of ``new`` positions, with position ids ``positions`` if given, behind ``held`` ones in the
+        cache.
 
         Raises UnsupportedError if those are stored under other factors than the forward has.
         """
         if not self.rotary:
             return
-        coming = _length(given, held + new)
+        coming = _length(positions, held + new)
         if held and self.differ(coming):
             raise UnsupportedError(
                 f"a forward of {new} tokens that gets to position {coming}",
@@ -89,7 +90,7 @@ class ReadAgain:
             return inputs
         held = cache.get_seq_length()
         kept = inputs.get("past_key_values") is cache  # Phi-3 and its kin leave it out where they think of the switch
-        if kept and not (held and factors.differ(_length(inputs, held + _columns(inputs)))):
+        if kept and not (held and factors.differ(_length(inputs.get("position_ids"), held + _columns(inputs)))):
             return inputs
         if kept:
             kwargs |= {"past_key_values": None, "next_sequence_length": None}
@@ -105,15 +106,17 @@ def _columns(inputs: Mapping[str, Any]) -> int:
     return int(given.shape[1])
 
 
-def _length(inputs: Mapping[str, Any], columns: int) -> int:
-    """The length that a model reads from its positions; without them it counts ``columns``."""
-    positions = inputs.get("position_ids")
+def _length(positions: object, columns: int) -> int:
+    """The length that a model reads from its position ids; without them it counts ``columns``."""
     return int(positions.max()) + 1 if isinstance(positions, Tensor) and positions.numel() else columns
 
 
 def _check_whole(inputs: Mapping[str, Any]) -> None:
     columns, mask = _columns(inputs), inputs.get("attention_mask")
-    length = max(_length(inputs, columns), mask.shape[1] if isinstance(mask, Tensor) and mask.dim() == 2 else 0)
+    length = max(
+        _length(inputs.get("position_ids"), columns),
+        mask.shape[1] if isinstance(mask, Tensor) and mask.dim() == 2 else 0,
+    )
     if length > columns:
         raise UnsupportedError(
             f"reading {length} positions again under other rotary factors",

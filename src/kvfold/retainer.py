@@ -164,6 +164,21 @@ class Retainer:
         notes = self._notes.setdefault(seq, {}).setdefault(layer, Notes())
         self.method.observe(Seen(view, q, k, v, inputs.hidden, inputs.rotary, replay), notes)
 
+    def noted(self, layer: int, seq: int) -> Notes | None:
+        """A copy of what is noted of a sequence in a layer; None if nothing is."""
+        notes = self._notes.get(seq, {}).get(layer)
+        return None if notes is None else notes.copy()
+
+    def put_back(self, layer: int, seq: int, notes: Notes | None) -> None:
+        """Sets the notes of a layer back to what `noted` gave before a step that was abandoned."""
+        layers = self._notes.get(seq)
+        if layers is None:
+            return
+        if notes is not None:
+            layers[layer] = notes
+        else:
+            layers.pop(layer, None)
+
     # ------------------------------------------------------------------------------------------------------ keeping
 
     def done_until(self, seq: int) -> int:

@@ -15,6 +15,7 @@ from kvfold.geometry import Geometry
 from kvfold.kernels.registry import OpRegistry
 from kvfold.memory.manager import Reservation
 from kvfold.retainer import ForwardInputs, Retainer
+from kvfold.retention.method import Notes
 
 __all__ = ["GroupStep", "SequenceWork", "Step", "StepLayers"]
 
@@ -45,12 +46,13 @@ class GroupStep:
 class StepLayers:
     """What is the same in every step: the model's layers, where each one's pages are, and the kernels.
 
-    ``slots``: layer -> (group, layer within the group) whose pages it reads.
+    ``slots``: layer -> (group, layer within the group) whose pages it reads. ``dtype``: of the rows that pages take.
     """
 
     geometry: Geometry
     slots: Mapping[int, tuple[int, int]]
     registry: OpRegistry
+    dtype: torch.dtype
 
     def slot(self, layer: int) -> tuple[int, int]:
         """(group, layer within the group) whose pages a layer reads."""
@@ -82,6 +84,7 @@ class Step:
         self._stored: dict[int, tuple[Tensor, Tensor]] = {}
         self._check_finite = check_finite
         self._sums: list[Tensor] = []  # of each stored row: not finite if any number of it is not
+        self._noted: list[tuple[int, int, Notes | None]] = []  # what was noted before this step, by layer and sequence
         first = 0
         for r, item in zip(reservations, work, strict=True):
             if item.watched and retainer is not None:
@@ -92,6 +95,11 @@ class Step:
     def wants_inputs(self) -> bool:
         """Whether `attend` is to be told what the layer's attention was given."""
         return bool(self._watched) and self._retainer is not None and self._retainer.method.wants_hidden
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether attention reads nothing but the step's own rows, as the layers have made them: gradients flow."""
+        return all(r.start == 0 and r.new_tokens > 1 for r in self.reservations)
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Stores a layer's new keys and values, ``k [N, Hkv, Dk]`` and ``v [N, Hkv, Dv]``."""
@@ -133,6 +141,7 @@ class Step:
             self._show(layer, (q, k, v), stored, call, inputs)
         return out
 
+    @torch.no_grad()
     def _show(
         self,
         layer: int,
@@ -147,5 +156,12 @@ class Step:
         q, k, v = tokens
         for r, item, rows in self._watched:
             seq, replay = (item.replay[0], item.replay[1:]) if item.replay else (r.seq, None)
+            if item.replay is None:
+                self._noted.append((layer, seq, self._retainer.noted(layer, seq)))
             of_rows = (q[rows], k[rows], v[rows]), (stored[0][rows], stored[1][rows])
             self._retainer.observe(layer, seq, r.start, *of_rows, call, inputs.of(rows), replay)
+
+    def undo(self) -> None:
+        """Takes back what retention has noted in this step, when it is abandoned. Notes of a repetition stay."""
+        while self._noted and self._retainer is not None:
+            self._retainer.put_back(*self._noted.pop())

@@ -12,7 +12,6 @@ from typing import Any, Final, Self
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvfold.cache import group_spec
 from kvfold.engine.contexts import Context, read_context
 from kvfold.engine.core import EngineCore
 from kvfold.engine.intake import Intake, Room
@@ -27,6 +26,7 @@ from kvfold.geometry import UNBOUNDED, Geometry
 from kvfold.memory.capacity import budget_for
 from kvfold.recipe import Recipe
 from kvfold.replay import INSTRUCTION
+from kvfold.spec import group_spec
 
 __all__ = ["Engine"]
 

@@ -19,7 +19,6 @@ from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import kvfold
-from kvfold.cache import group_spec
 from kvfold.engine import Engine, SamplingParams
 from kvfold.engine.loading import BUNDLED, available_memory, load, parse_recipes
 from kvfold.engine.runner import ModelRunner
@@ -30,6 +29,7 @@ from kvfold.memory.capacity import budget_for
 from kvfold.quality.lm_options import sampling_params
 from kvfold.quality.lm_score import PREFILL_TOKENS, Likelihood, Scorer, Window, cut
 from kvfold.recipe import Recipe
+from kvfold.spec import group_spec
 
 __all__ = ["HarnessModel", "torch_dtype"]
 

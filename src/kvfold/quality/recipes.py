@@ -7,7 +7,6 @@ from typing import Final
 
 from transformers import PreTrainedModel
 
-from kvfold.cache import group_spec
 from kvfold.engine import Engine, SamplingParams
 from kvfold.engine.loading import parse_recipes
 from kvfold.engine.runner import ModelRunner
@@ -17,6 +16,7 @@ from kvfold.packed import check_model
 from kvfold.quality.contestant import PREFILL_TOKENS, Forced
 from kvfold.quality.forced import teacher_force
 from kvfold.recipe import Recipe
+from kvfold.spec import group_spec
 
 __all__ = ["RecipeContestant", "bits_per_value", "recipe_contestants"]
 

@@ -20,7 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kvfold.errors import NumericsError, UnsupportedError
 from kvfold.geometry import Geometry
-from kvfold.modeling import attention_configs
+from kvfold.switch import attention_configs
 
 __all__ = ["Moments", "Observer"]
 

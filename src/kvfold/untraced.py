@@ -1,0 +1,31 @@
+"""Functions that torch.compile must not trace: they call kernels by address, and change what a graph holds fixed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+__all__ = ["skipped", "untraced"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def untraced(function: Callable[P, R]) -> Callable[P, R]:
+    """``function`` runs as it stands, and so does all that it calls: a break in the graph of its caller."""
+    plain: Callable[P, R] = torch.compiler.disable(function)
+    return plain
+
+
+def skipped(reason: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """As :func:`untraced` for the function alone: what it calls may be traced. ``reason``: what a whole graph that
+    meets it is told.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        plain: Callable[P, R] = torch.compiler.disable(function, recursive=False, reason=reason)
+        return plain
+
+    return decorate
