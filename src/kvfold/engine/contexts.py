@@ -13,7 +13,7 @@ from kvfold.rotary import Lengths
 __all__ = ["Context", "read_context"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Context:
     """A text that an engine holds for requests to begin with: its ``tokens``, and the sequence of the cache that keeps
     their blocks. Only requests of the same ``salt`` may have it, and go on from it as long as their rotary factors are
@@ -24,6 +24,8 @@ class Context:
     seq: int
     salt: bytes
     factors: bytes = b""
+    stale: bool = False
+    """Whether the prefix cache was reset since: the model has other weights."""
 
 
 def read_context(runner: ModelRunner, chunking: Chunking, tokens: Sequence[int], budget: int, salt: bytes) -> Context:

@@ -20,6 +20,7 @@ from kvfold.engine.progress import ProgressLine
 from kvfold.engine.request import Prompt, RequestOutput, SamplingParams, StreamChunk
 from kvfold.engine.runner import ModelRunner
 from kvfold.engine.scheduler import Scheduler
+from kvfold.engine.weights import WeightsWatch
 from kvfold.errors import RequestError
 from kvfold.formats import format_bytes, parse_bytes
 from kvfold.geometry import UNBOUNDED, Geometry
@@ -97,10 +98,10 @@ class Engine:
         self._intake = Intake(
             tokenizer, geometry.vocab, self.context, capacity, max_sequences, end_ids=ends, seed=seed, rotary=rotary
         )
-        self._numbered = 0
+        self._weights = WeightsWatch(model)
+        self._numbered, self._closed = 0, False
         self._unclaimed: list[RequestOutput] = []
         self._contexts: set[Context] = set()
-        self._closed = False
         logging.getLogger("kvfold.engine").info(self.capacity_report())
 
     # -- one step at a time
@@ -127,9 +128,13 @@ class Engine:
             request_id = self._new_id()
         elif request_id in self._core.requests:
             raise RequestError(f"request id {request_id!r}", why="a request of this id is under way")
+        self._follow_weights()
         if context is not None and (context not in self._contexts or context.salt != salt):
             why = "it was removed, is another engine's, or was read under another salt"
             raise RequestError("a context that this engine does not hold for this request", why=why)
+        if context is not None and context.stale:
+            why = "the model's weights or adapters have changed since it was read, or the prefix cache was reset"
+            raise RequestError("a context of other weights", why=why, hint="remove_context, then add_context again")
         request = self._intake.make(
             prompt, params or SamplingParams(), request_id=request_id, salt=salt, on_chunk=on_chunk, shared=context
         )
@@ -145,6 +150,7 @@ class Engine:
         """
         if self._closed:
             raise RequestError("the engine is closed")
+        self._follow_weights()
         tokens = self._intake.tokens(text)
         self._intake.check_length(tokens)
         scheduler = self._core.scheduler
@@ -161,6 +167,21 @@ class Engine:
         self._contexts.remove(context)
         self._runner.free(context.seq)
 
+    def reset_prefix_cache(self) -> None:
+        """Forgets what was computed so far: no request added from now on begins with it, and contexts are refused.
+
+        Changes of the weights that torch counts, and of peft's adapters, do this by themselves when a request is added
+        or admitted. Call it after others, such as writing through ``parameter.data``. Requests under way go on with
+        the keys and values they have, and share nothing any more.
+        """
+        self._runner.manager.reset_prefix_cache()
+        for context in self._contexts:
+            context.stale = True
+
+    def _follow_weights(self) -> None:
+        if self._weights.changed():
+            self.reset_prefix_cache()
+
     def _new_id(self) -> str:
         """A number that no request under way has for its id."""
         while True:
@@ -174,6 +195,8 @@ class Engine:
         claimed, self._unclaimed = self._unclaimed, []
         if not self._core.requests:
             return claimed
+        if self._core.scheduler.waiting:
+            self._follow_weights()
         return claimed + self._core.step()
 
     def abort(self, request_id: str) -> RequestOutput | None:

@@ -119,11 +119,13 @@ class Branch:
 
     @property
     def shared(self) -> Context | None:
-        """The context whose blocks it begins with; None also if those are stored under other rotary factors."""
+        """The context whose blocks it begins with; None also if those are stored under other rotary factors, or were
+        computed with other weights.
+        """
         shared = self.request.shared
-        if shared is None or shared.factors == self.request.rotary.key(self.lengths):
-            return shared
-        return None
+        if shared is None or shared.stale or shared.factors != self.request.rotary.key(self.lengths):
+            return None
+        return shared
 
     @property
     def generated(self) -> int:

@@ -7,6 +7,7 @@ rolled back.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 
 from kvfold.errors import RequestError
@@ -160,12 +161,17 @@ class CacheManager:
         sharing.adopt(self._books, seq, tokens, n, salt)
 
     def reset_prefix_cache(self) -> None:
-        """Forgets all findable blocks; those that nobody references are free."""
+        """Forgets all findable blocks; those that nobody references are free. Sequences there are keep theirs, and
+        nothing of them is found from now on.
+        """
         books = self._books
         for group, state, block in books.index.blocks():
             books.index.forget(group, state, block)
             books.pools[group, state].unmark(block)
         books.publish_later.clear()
+        for sequence in books.sequences.values():
+            sequence.hashable = False
+            sequence.tokens, sequence.hashes = array("q"), []
 
     # -------------------------------------------------------------------------------------------------------- steps
 
