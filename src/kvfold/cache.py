@@ -8,6 +8,7 @@ retention does not keep.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -102,11 +103,13 @@ class PagedCache:
         self.retriever: Retriever | None = None
         if recipe.retrieval is not None:
             self.retriever = Retriever(build_retrieval(recipe.retrieval), self.groups, self._pages)
+        self._discarded: deque[int] = deque()
         self._known: list[dict[int, tuple[int, SequencePages]]] = [{} for _ in self.groups]
         self._decode_tables: list[tuple[_DecodeKey, DecodeTables] | None] = [None] * len(self.groups)
 
     def create(self) -> int:
         """A new, empty sequence."""
+        self._end_discarded()
         return self.manager.create()
 
     def length(self, seq: int) -> int:
@@ -115,10 +118,21 @@ class PagedCache:
 
     def fork(self, seq: int) -> int:
         """A sequence that shares every block of ``seq``; blocks are copied when one of them writes."""
+        self._end_discarded()
         child = self.manager.fork(seq)
         if self.retainer is not None:
             self.retainer.fork(seq, child)
         return child
+
+    def discard(self, sequences: Sequence[int]) -> None:
+        """Has sequences ended before anything else is done here. For owners that are collected as garbage, which can
+        happen at any moment.
+        """
+        self._discarded.extend(sequences)
+
+    def _end_discarded(self) -> None:
+        while self._discarded:
+            self.free(self._discarded.popleft())
 
     def free(self, seq: int) -> None:
         """Ends a sequence and gives its blocks back."""
@@ -133,6 +147,7 @@ class PagedCache:
 
         A packed block that is cut through is decoded into a raw one, so that new tokens can follow.
         """
+        self._end_discarded()
         unseals = self.manager.truncate(seq, length)
         self._follow_growth()
         for job in unseals:
@@ -162,6 +177,7 @@ class PagedCache:
         """Reserves room for the new tokens of ``work`` (all or nothing: CacheFullError leaves the cache as it was).
         ``check_finite``: what is not finite is not found by other sequences.
         """
+        self._end_discarded()
         reservations = self.manager.reserve_many([(item.seq, item.count) for item in work])
         try:
             self._follow_growth()
@@ -180,6 +196,7 @@ class PagedCache:
         """Bytes of all referenced blocks (slack, scales, raw tails counted), of the block tables, and of what retention
         has noted of its sequences.
         """
+        self._end_discarded()
         return self.manager.bytes_in_use() + (0 if self.retainer is None else self.retainer.nbytes())
 
     def commit(

@@ -9,6 +9,7 @@ it, the step is committed and the model is what it was before.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,10 @@ from kvfold.cache import PagedCache, SequenceWork
 from kvfold.errors import ModelError, UnsupportedError
 from kvfold.formats import parse_bytes
 from kvfold.geometry import Geometry
-from kvfold.hf_forward import CachedForward, SteppedCache, padding_mask, runnable_model
+from kvfold.hf_answers import PagedAnswers
+from kvfold.hf_forward import CachedForward, padding_mask, runnable_model
 from kvfold.hf_retention import refuse_repetition, repeat
+from kvfold.hf_sequences import HeldSequences
 from kvfold.modeling import ModelStep
 from kvfold.packed import check_model
 from kvfold.recipe import Recipe
@@ -37,7 +40,7 @@ _ROLLBACK_TOKENS = 64
 """What a sliding layer keeps behind its window when a decoding method announces that it will roll back."""
 
 
-class KVCache(SteppedCache):
+class KVCache(PagedAnswers):
     """A paged, packed cache for one ``generate()`` conversation with ``model``.
 
     ``recipe``: text or :class:`~kvfold.recipe.Recipe`. ``kv_memory``: a hard budget such as ``"2GiB"``; by default the
@@ -46,7 +49,9 @@ class KVCache(SteppedCache):
     short paged forward with the stock one first (once for each model).
 
     Works for greedy search, sampling, beams, assisted decoding, left-padded batches and further turns on the same
-    cache. Padding takes no memory. Raises UnsupportedError with every reason if the model or the recipe cannot work.
+    cache. ``copy.deepcopy(cache)`` is a fork that shares blocks: read a system prompt once, and copy it for each
+    conversation. Padding takes no memory. Raises UnsupportedError with every reason if the model or the recipe cannot
+    work.
 
     One thread at a time may run a model with a KVCache: for the length of a forward the model attends over its pages.
     """
@@ -60,16 +65,14 @@ class KVCache(SteppedCache):
         check: bool = True,
     ) -> None:
         model = runnable_model(model)
-        super().__init__(layers=[])
+        super().__init__(Geometry.from_config(model.config))
         self.recipe = Recipe.of(recipe, model.name_or_path)
-        self.geometry = Geometry.from_config(model.config)
         if reasons := refusals(self.recipe, self.geometry, model):
             raise UnsupportedError(f"recipe {self.recipe} on {self.geometry.model_type}", reasons)
         self._budget = None if kv_memory is None else parse_bytes(kv_memory)
         self._model_step: ModelStep | None = None
         self._recording = False
         self._interrupted = False
-        self._sequences: list[int] = []
         self._seen = np.zeros((0, 0), dtype=bool)
         self._prompts: list[int] = []
         self._tokens: list[list[int]] = []
@@ -79,7 +82,7 @@ class KVCache(SteppedCache):
         if check and not CachedForward.has_checked(model):
             check_model(model, self.geometry)
         CachedForward.on(model).checked |= check
-        self._pages = self._new_pages(model.dtype, model.device)
+        self._held = HeldSequences(self, self._new_pages(model.dtype, model.device))
 
     # What the wrapper of the forward calls.
 
@@ -103,7 +106,7 @@ class KVCache(SteppedCache):
         if not self._seen.shape[1] and batch != len(self._sequences):
             self.reset()  # nothing has been stored yet, whatever an earlier forward that failed had begun
         if not self._sequences:
-            self._sequences = [self._pages.create() for _ in range(batch)]
+            self._held.replace([self._pages.create() for _ in range(batch)])
             self._seen = np.zeros((batch, 0), dtype=bool)
         if batch != len(self._sequences):
             raise UnsupportedError(
@@ -119,6 +122,34 @@ class KVCache(SteppedCache):
         self._pending, self._inputs = real, inputs
         self._model_step = ModelStep(self._pages.begin(work), rows=rows)
         return self._model_step
+
+    @property
+    def _pages(self) -> PagedCache:
+        return self._held.pages
+
+    @property
+    def _sequences(self) -> Sequence[int]:
+        return self._held.ids
+
+    def __copy__(self) -> KVCache:
+        return self.__deepcopy__({})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
+        """A cache that goes on from here on its own. It shares memory, budget and blocks with this one; a block is
+        copied when one of them writes to it. UnsupportedError in the middle of a forward.
+        """
+        if self.in_forward:
+            hint = "copy it between two forwards"
+            raise UnsupportedError("copying a KVCache", why="a forward is running on it", hint=hint)
+        other = type(self).__new__(type(self))
+        other.__dict__ |= self.__dict__
+        other._held = HeldSequences(other, self._pages)
+        other._held.replace(self._held.forks(range(len(self._sequences))))
+        other._seen, other._prompts = self._seen.copy(), list(self._prompts)
+        other._tokens = [list(row) for row in self._tokens]
+        other.factors = copy(self.factors)
+        memo[id(self)] = other
+        return other
 
     @property
     def in_forward(self) -> bool:
@@ -177,7 +208,7 @@ class KVCache(SteppedCache):
                 hint="use a new KVCache, or reset() this one, after the model was cast or moved",
             )
         self.reset()
-        self._pages = self._new_pages(*now)
+        self._held.pages = self._new_pages(*now)
 
     def _note_tokens(self) -> None:
         """Remembers the tokens of the step, if the method of retention has them repeated."""
@@ -251,38 +282,10 @@ class KVCache(SteppedCache):
         """Positions seen, padding included, as the model counts them."""
         return int(self._seen.shape[1])
 
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Position of the next query."""
-        return self.get_seq_length(layer_idx)
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """(length, offset) of the keys of the coming step."""
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1: bounded by memory, not by a length."""
-        return -1
-
-    @property
-    def max_cache_len(self) -> int:
-        """Not to be had: peft asks a cache for it when it is about to put another one, with learned keys, in its place.
-
-        Raises UnsupportedError.
-        """
-        raise UnsupportedError(
-            "virtual tokens of peft on a KVCache",
-            why="prefix tuning and cartridges bring keys and values in a cache of their own, which takes its place",
-            hint="use an adapter that changes weights (LoRA and its kin), or transformers' own cache",
-        )
-
     def reset(self) -> None:
         """Forgets everything; the memory goes back."""
         self._interrupted = False
-        for seq in self._sequences:
-            self._pages.free(seq)
-        if self._recording:
-            self._pages = self._new_pages(self._pages.dtype, self._pages.device)
-        self._sequences = []
+        self._held.replace([])
         self._seen = np.zeros((0, 0), dtype=bool)
         self._prompts = []
         self._tokens = []
@@ -296,10 +299,8 @@ class KVCache(SteppedCache):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the rows ``indices``, in that order; a row may be taken more than once."""
         order = [int(i) for i in indices.tolist()]
-        chosen = [self._pages.fork(self._sequences[i]) for i in order]
-        for seq in self._sequences:
-            self._pages.free(seq)
-        self._sequences, self._seen = chosen, self._seen[order]
+        self._held.replace(self._held.forks(order))
+        self._seen = self._seen[order]
         self._prompts = [self._prompts[i] for i in order] if self._prompts else []
         self._tokens = [list(self._tokens[i]) for i in order] if self._tokens else []
 
@@ -335,6 +336,7 @@ class KVCache(SteppedCache):
                 )
             self._recording = True
             self.reset()
+            self._held.pages = self._new_pages(self._pages.dtype, self._pages.device)
         self._recording = True
 
     def is_recording_past(self, layer_idx: int) -> bool:
@@ -345,7 +347,9 @@ class KVCache(SteppedCache):
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of all blocks in use: scales, raw tails, slack and tables counted."""
+        """Bytes of all blocks in use: scales, raw tails, slack and tables counted. Copies share their memory, and each
+        tells the bytes of all.
+        """
         return self._pages.bytes_in_use()
 
     @property
@@ -359,37 +363,9 @@ class KVCache(SteppedCache):
         return len(self._sequences)
 
     @property
-    def is_compileable(self) -> bool:
-        """False: a step's shapes change."""
-        return False
-
-    @property
     def is_initialized(self) -> bool:
         """Whether a forward has run on it."""
         return bool(self._sequences)
-
-    @property
-    def is_croppable(self) -> bool:
-        """True: see :meth:`crop`."""
-        return True
-
-    @property
-    def is_sliding(self) -> list[bool]:
-        """For each layer, whether it has a window. Masks are ours, so every layer presents itself as full."""
-        return [False] * len(self.geometry.layers)
-
-    @property
-    def is_linear(self) -> list[bool]:
-        """For each layer, whether it keeps a recurrent state: none does, such models are refused."""
-        return [False] * len(self.geometry.layers)
-
-    @property
-    def is_dummy(self) -> list[bool]:
-        """For each layer, whether it stores nothing of its own."""
-        return [layer.kind == "none" or layer.source != layer.index for layer in self.geometry.layers]
-
-    def __len__(self) -> int:
-        return len(self.geometry.layers)
 
     def __repr__(self) -> str:
         return f"KVCache({self.recipe}, {len(self._sequences)} x {self.get_seq_length()} tokens, {self.kv_bytes} bytes)"
