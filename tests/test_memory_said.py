@@ -14,8 +14,6 @@ from kvfold import KVCache, SamplingParams
 from kvfold.errors import BudgetError, CacheFullError
 from tests.engine.tiny_engine import VOCAB, engine_of, tiny_model
 
-pytestmark = pytest.mark.xfail(strict=False, reason="issue 11, B.8, C.10, C.11: memory is told in other units")
-
 MODEL = tiny_model()
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which pages are real")
 
@@ -36,7 +34,8 @@ def test_reserved_is_address_space_and_resident_is_what_was_written() -> None:
     assert cache.resident_bytes is not None
     assert cache.resident_bytes < 8 << 20
     _forward(cache, 4, 500)
-    assert cache.kv_bytes <= cache.resident_bytes <= cache.reserved_bytes
+    tables = 8 * 4 * -(-500 // 32)  # entries of block tables lie outside of the arena
+    assert cache.kv_bytes - tables <= cache.resident_bytes <= cache.reserved_bytes
     assert cache.resident_bytes < 32 << 20
 
 
@@ -69,7 +68,7 @@ def test_the_engine_tells_both() -> None:
         assert 0 < stats["kv_resident_bytes"] < stats["kv_reserved_bytes"] <= stats["kv_budget_bytes"]
 
 
-@pytest.mark.parametrize("size", ["10TiB", "900PB", 10**30, "1000000TB"])
+@pytest.mark.parametrize("size", ["10TiB", "900TB", 10**30, "1000000TB"])
 @pytest.mark.parametrize("face", ["drop-in", "engine"])
 def test_more_than_the_machine_has_is_refused_before_anything_runs(
     face: str, size: Any, monkeypatch: pytest.MonkeyPatch
@@ -97,7 +96,7 @@ def test_a_size_that_is_none_is_refused(size: Any) -> None:
 
 @pytest.mark.parametrize("recipe", ["raw", "int4,recent=32"])
 def test_a_full_drop_in_cache_says_what_fits(recipe: str) -> None:
-    cache = KVCache(MODEL, recipe, kv_memory="256KiB")
+    cache = KVCache(MODEL, recipe, kv_memory="96KiB")
     _forward(cache, 2, 40)
     with pytest.raises(CacheFullError, match="400 new tokens of 2 sequences") as error:
         _forward(cache, 2, 400)
@@ -120,7 +119,7 @@ def test_a_budget_that_holds_no_block_says_what_one_takes() -> None:
 
 
 def test_an_engine_that_is_full_says_what_fits() -> None:
-    with engine_of(MODEL, kv_memory="256KiB") as engine:
+    with engine_of(MODEL, kv_memory="96KiB") as engine:
         engine.add_request([5] * 300, SamplingParams(max_tokens=9))
         engine.step()
         with pytest.raises(CacheFullError) as error:

@@ -1,9 +1,8 @@
 """One step of the cache, for any recipe: what the drop-in cache and the engine share.
 
-:class:`PagedCache` owns the arena and the books; :class:`Step` is one forward over some sequences: it takes every
-layer's new keys and values and answers every layer's attention. ``begin`` reserves blocks (all or nothing), ``commit``
-seals and releases them, ``abandon`` undoes the reservation; ``retain``, between steps, drops what the recipe's
-retention does not keep.
+:class:`PagedCache` owns the arena and the books; :class:`Step` is one forward over some sequences. ``begin`` reserves
+blocks (all or nothing), ``commit`` seals and releases them, ``abandon`` undoes the reservation; ``retain``, between
+steps, drops what the recipe's retention does not keep.
 """
 
 from __future__ import annotations
@@ -109,7 +108,6 @@ class PagedCache:
 
     def create(self) -> int:
         """A new, empty sequence."""
-        self._end_discarded()
         return self.manager.create()
 
     def length(self, seq: int) -> int:
@@ -170,7 +168,7 @@ class PagedCache:
             raise UnsupportedError(f"retention under {self.recipe}", why="the recipe names no method")
         dropped = self.retainer.run(seq, final=final)
         if dropped:
-            self._memory.give_back(self.manager.arena.take_given_back())
+            self.give_back()
         return dropped
 
     def begin(self, work: Sequence[SequenceWork], *, check_finite: bool = False) -> Step:
@@ -191,6 +189,14 @@ class PagedCache:
     def bytes_allocated(self) -> int:
         """Bytes of the arena: the budget, or what a growing cache has grown to."""
         return self._arena.numel()
+
+    def bytes_resident(self) -> int | None:
+        """Bytes of the arena that are backed by real memory now; None where the system does not tell."""
+        return self._memory.resident_bytes()
+
+    def give_back(self) -> None:
+        """Gives the memory of what fell empty back to the system."""
+        self._memory.give_back(self.manager.arena.take_given_back())
 
     def bytes_in_use(self) -> int:
         """Bytes of all referenced blocks (slack, scales, raw tails counted), of the block tables, and of what retention

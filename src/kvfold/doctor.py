@@ -14,9 +14,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from kvfold.available import available_memory
 from kvfold.bench.stream import Stream
 from kvfold.codecs.pages import PageStore
-from kvfold.engine.loading import available_memory
 from kvfold.formats import PageFormat, VectorFormat
 from kvfold.kernels import cpu
 from kvfold.kernels.cpu.threads import explain_threads, thread_count, usable_cpus

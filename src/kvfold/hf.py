@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvfold.available import check_available
 from kvfold.cache import PagedCache, SequenceWork
 from kvfold.errors import ModelError, UnsupportedError
 from kvfold.formats import parse_bytes
@@ -65,11 +66,13 @@ class KVCache(PagedAnswers):
         check: bool = True,
     ) -> None:
         model = runnable_model(model)
+        self._budget = None if kv_memory is None else parse_bytes(kv_memory)
+        if self._budget is not None:
+            check_available(self._budget, model.device)
         super().__init__(Geometry.from_config(model.config))
         self.recipe = Recipe.of(recipe, model.name_or_path)
         if reasons := refusals(self.recipe, self.geometry, model):
             raise UnsupportedError(f"recipe {self.recipe} on {self.geometry.model_type}", reasons)
-        self._budget = None if kv_memory is None else parse_bytes(kv_memory)
         self._model_step: ModelStep | None = None
         self._recording = False
         self._interrupted = False
@@ -286,6 +289,7 @@ class KVCache(PagedAnswers):
         """Forgets everything; the memory goes back."""
         self._interrupted = False
         self._held.replace([])
+        self._pages.give_back()
         self._seen = np.zeros((0, 0), dtype=bool)
         self._prompts = []
         self._tokens = []
@@ -353,9 +357,18 @@ class KVCache(PagedAnswers):
         return self._pages.bytes_in_use()
 
     @property
-    def allocated_bytes(self) -> int:
-        """Bytes of the memory that the cache holds: the budget, or what it has grown to (by doubling) so far."""
+    def reserved_bytes(self) -> int:
+        """Bytes of address space that the cache holds: the budget, or what it has grown to (by doubling) so far."""
         return self._pages.bytes_allocated()
+
+    allocated_bytes = reserved_bytes
+
+    @property
+    def resident_bytes(self) -> int | None:
+        """Bytes of them that are backed by real memory now: memory becomes real when it is first written, and what
+        retention and `reset` free goes back. None where the system does not tell.
+        """
+        return self._pages.bytes_resident()
 
     @property
     def batch_size(self) -> int:

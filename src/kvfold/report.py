@@ -380,6 +380,9 @@ def stats_report(console: Console, stats: Mapping[str, object]) -> None:
         before, after = (format_bytes(size) if isinstance(size, int) else size for size in sizes)
         console.print(f"retention: {blocks[0]} blocks before, {blocks[1]} after ({before} before, {after} after)")
     for name, value in stats.items():
+        if value is None:
+            console.print(f"{name.replace('_', ' ')}: not told by this system")
+            continue
         shown = format_bytes(value) if name.endswith("_bytes") and isinstance(value, int) else value
         console.print(
             f"{name.replace('_', ' ')}: {shown:.4g}"

@@ -10,8 +10,10 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from kvfold import available
+from kvfold.available import available_memory
 from kvfold.engine import Engine, SamplingParams, loading
-from kvfold.engine.loading import available_memory, end_tokens, load
+from kvfold.engine.loading import end_tokens, load
 from kvfold.errors import ModelError
 from tests.engine.tiny_engine import assert_idle, byte_tokenizer, tiny_model
 
@@ -85,9 +87,9 @@ def test_memory_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert available_memory(device) > 0
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("400\n")
-    monkeypatch.setattr(loading, "_CGROUP", tmp_path)
+    monkeypatch.setattr(available, "_CGROUP", tmp_path)
     assert available_memory(device) == 600
-    monkeypatch.setattr(loading, "_MEMINFO", tmp_path / "none")
+    monkeypatch.setattr(available, "_MEMINFO", tmp_path / "none")
     (tmp_path / "memory.max").write_text("max\n")
     assert available_memory(device) > 2**20
 

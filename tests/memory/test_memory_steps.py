@@ -309,7 +309,7 @@ def test_all_or_nothing() -> None:
     step(manager, first, 9)
     with pytest.raises(CacheFullError, match="the KV cache is full") as error:
         manager.reserve(second, 200)
-    assert "extents" in error.value.why
+    assert "tokens of one sequence" in error.value.why
     assert error.value.hint
     manager.check()
     with pytest.raises(CacheFullError):
@@ -410,12 +410,12 @@ def test_tables_are_within_the_budget() -> None:
     step(manager, seq, 30)
     while manager._books.entries_fit(30):
         manager.fork(seq)
-    with pytest.raises(CacheFullError, match="block tables are full"):
+    with pytest.raises(CacheFullError, match="the KV cache is full"):
         manager.fork(seq)
     manager.check()
     assert manager.bytes_in_use() <= 64 * 40
     other = manager.create()
-    with pytest.raises(CacheFullError, match="block tables are full"):
+    with pytest.raises(CacheFullError, match="the KV cache is full"):
         manager.adopt(other, list(range(30)), 29)
     manager.check()
     with pytest.raises(CacheFullError):

@@ -174,8 +174,8 @@ class _Paged:
         cache = self.runner.cache
         make = cache.begin
 
-        def begin(work: Sequence[SequenceWork]) -> Step:
-            step = make(work)
+        def begin(work: Sequence[SequenceWork], **options: Any) -> Step:
+            step = make(work, **options)
             timed: dict[str, Any] = {
                 "write": account.timed("write", step.write),
                 "attend": account.timed("attention", step.attend),

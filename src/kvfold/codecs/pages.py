@@ -13,6 +13,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from kvfold.available import resident_bytes
 from kvfold.codecs.plain import PlainPages, Windows, parts, work_rows
 from kvfold.codecs.rotation import Basis, Rotation
 from kvfold.formats import PAGE_ALIGN, BandFormat, PageFormat, VectorFormat
@@ -161,6 +162,12 @@ class ArenaMemory:
         with suppress(OSError):  # a system without large pages
             self._map.madvise(advice)
         self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+
+    def resident_bytes(self) -> int | None:
+        """Bytes of it that are backed by real memory now; None where the system does not tell. On a GPU all of it."""
+        if self.bytes.device.type != "cpu":
+            return self.bytes.numel()
+        return 0 if not self.bytes.numel() else resident_bytes(self.bytes.data_ptr(), self.bytes.numel())
 
     def give_back(self, ranges: Sequence[tuple[int, int]]) -> None:
         """Gives the memory of byte ranges ``(first, last)`` back to the system, as far as whole pages of it go; what

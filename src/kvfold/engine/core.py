@@ -15,6 +15,7 @@ from kvfold.engine.sampling import sample
 from kvfold.engine.scheduler import Admission, Scheduler, StepPlan, Work
 from kvfold.engine.state import Branch, Request, Status
 from kvfold.errors import CacheFullError, KVFoldError, NumericsError
+from kvfold.formats import format_bytes
 from kvfold.telemetry import StepStats
 
 __all__ = ["EngineCore"]
@@ -73,7 +74,7 @@ class EngineCore:
             if plan.preempt is not None:
                 self._preempt(plan.preempt)
             elif plan.stuck is not None:
-                self._fail(plan.stuck, CacheFullError("no room for a single token", why="the cache is too small"))
+                self._fail(plan.stuck, _too_small(self.runner))
             else:
                 self.scheduler.note(plan)
                 return plan
@@ -280,6 +281,16 @@ class EngineCore:
             if request.on_chunk is not None:
                 request.on_chunk(make_chunk(branch, self._tokenizer, final))
         return ended
+
+
+def _too_small(runner: ModelRunner) -> CacheFullError:
+    held = runner.manager.tokens_capacity()
+    budget = format_bytes(runner.manager.usage().budget)
+    return CacheFullError(
+        "no room for a single token more",
+        why=f"{budget} hold {held:,} tokens of one sequence, and shared contexts take part of them",
+        hint="raise kv_memory, remove a context, or choose a recipe with fewer bits",
+    )
 
 
 def _numerics(branch: Branch) -> NumericsError:

@@ -8,31 +8,27 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Self
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kvfold.engine.budget import asked_budget, context_of, default_budget
 from kvfold.engine.contexts import Context, read_context
 from kvfold.engine.core import EngineCore
 from kvfold.engine.intake import Intake, Room
-from kvfold.engine.loading import available_memory, check_recipe, end_tokens, load, load_model
+from kvfold.engine.loading import check_recipe, end_tokens, load, load_model
 from kvfold.engine.progress import ProgressLine
 from kvfold.engine.request import Prompt, RequestOutput, SamplingParams, StreamChunk
 from kvfold.engine.runner import ModelRunner
 from kvfold.engine.scheduler import Scheduler
 from kvfold.engine.weights import WeightsWatch
 from kvfold.errors import RequestError
-from kvfold.formats import format_bytes, parse_bytes
+from kvfold.formats import format_bytes
 from kvfold.geometry import UNBOUNDED, Geometry
-from kvfold.memory.capacity import budget_for
 from kvfold.recipe import Recipe
 from kvfold.replay import INSTRUCTION
-from kvfold.spec import group_spec
 
 __all__ = ["Engine"]
-
-_SHARE: Final = 4
-"""By default the cache takes at most one part in so many of the memory that is available."""
 
 
 class Engine:
@@ -68,19 +64,19 @@ class Engine:
         default so under recipes that pack blocks; under others (``raw``) a cached prefix changes rounding. ``seed``:
         for the requests that bring none. ``check``: compare a short forward with the model's own first.
         """
+        asked = asked_budget(kv_memory, model)
         if isinstance(model, (str, Path)):
             model, tokenizer = load(model) if tokenizer is None else (load_model(model), tokenizer)
         geometry = Geometry.from_config(model.config)
-        self.context = _context(geometry, max_length)
+        self.context = context_of(geometry, max_length)
         self.recipe = check_recipe(recipe, model)
         self.tokenizer = tokenizer
-        if kv_memory is None:
-            chunk = min(max_batched_tokens, self.context)
-            kv_memory = _default_budget(model, geometry, self.recipe, self.context, chunk, max_sequences)
+        if asked is None:
+            asked = default_budget(model, geometry, self.recipe, self.context, max_batched_tokens, max_sequences)
         self._runner = ModelRunner(
             model,
             recipe=self.recipe,
-            kv_memory=parse_bytes(kv_memory),
+            kv_memory=asked,
             prefix_caching=prefix_caching,
             check=check,
             instruction=() if tokenizer is None else tokenizer.encode(INSTRUCTION, add_special_tokens=False),
@@ -305,8 +301,10 @@ class Engine:
             f"maximum concurrency for {length} tokens: {at_once:.2f}"
         )
 
-    def stats(self) -> dict[str, int | float]:
-        """Counts since the start, and where the memory is now. Names that end in ``_bytes`` are bytes."""
+    def stats(self) -> dict[str, int | float | None]:
+        """Counts since the start, and where the memory is now. Names that end in ``_bytes`` are bytes; None where the
+        system does not tell.
+        """
         work, books = self._core.stats, self._runner.manager
         usage, memory = books.usage(), books.stats()
         return {
@@ -326,6 +324,8 @@ class Engine:
             "evicted_blocks": memory.evictions,
             **self._retention(),
             "kv_budget_bytes": usage.budget,
+            "kv_reserved_bytes": self._runner.cache.bytes_allocated(),
+            "kv_resident_bytes": self._runner.cache.bytes_resident(),
             "kv_peak_bytes": self._core.peak_bytes,
             "kv_in_use_bytes": usage.in_use,
             "kv_cached_bytes": usage.cached,
@@ -361,17 +361,6 @@ class Engine:
         self.close()
 
 
-def _context(geometry: Geometry, max_length: int | None) -> int:
-    if max_length is None:
-        return geometry.max_positions
-    if not 1 < max_length <= geometry.max_positions:
-        raise RequestError(
-            f"bad max_length={max_length!r}",
-            why=f"a whole number from 2 to the model's context of {geometry.max_positions} is needed",
-        )
-    return max_length
-
-
 def _scheduler(runner: ModelRunner, *, repeatable: bool | None, **options: Any) -> Scheduler:
     """The scheduler of a runner's cache; ``options``: the others of `Scheduler`."""
     books, retainer = runner.manager, runner.cache.retainer
@@ -379,12 +368,3 @@ def _scheduler(runner: ModelRunner, *, repeatable: bool | None, **options: Any) 
         repeatable = any(group.seals for group in books.groups)
     watches = 0 if retainer is None else retainer.method.watches
     return Scheduler(books, rule=runner.cache.recipe.rule, watches=watches, repeatable=repeatable, **options)
-
-
-def _default_budget(
-    model: PreTrainedModel, geometry: Geometry, recipe: Recipe, context: int, chunk: int, max_sequences: int
-) -> int:
-    """Bytes for ``max_sequences`` full contexts, or what may be taken of the memory there is."""
-    share = available_memory(model.device) // _SHARE
-    specs = [group_spec(group, recipe=recipe) for group in geometry.groups(recipe, model.dtype.itemsize)]
-    return min(share, budget_for(specs, recipe.block_size, length=context, chunk=chunk, sequences=max_sequences))

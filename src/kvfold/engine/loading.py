@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
@@ -20,7 +19,6 @@ from kvfold.retention.build import refusals
 
 __all__ = [
     "BUNDLED",
-    "available_memory",
     "available_recipes",
     "check_recipe",
     "end_tokens",
@@ -43,9 +41,6 @@ _VOCABULARIES: Final = (
     "tokenization_*.py",
 )
 """Files that a tokenizer is made of, whatever its class."""
-
-_MEMINFO: Final = Path("/proc/meminfo")
-_CGROUP: Final = Path("/sys/fs/cgroup")
 
 
 def load(
@@ -163,33 +158,3 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
         elif isinstance(ids, Iterable):
             found.update(int(token) for token in ids)
     return frozenset(found)
-
-
-def available_memory(device: torch.device) -> int:
-    """Bytes that could be allocated on ``device`` now; for the CPU without swapping, and within the container's
-    limit.
-    """
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    limits = [_meminfo() or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    limit, used = _number(_CGROUP / "memory.max"), _number(_CGROUP / "memory.current")
-    if limit is not None and used is not None:
-        limits.append(max(0, limit - used))
-    return min(limits)
-
-
-def _meminfo() -> int | None:
-    if not _MEMINFO.is_file():
-        return None
-    for line in _MEMINFO.read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-def _number(file: Path) -> int | None:
-    """The number in ``file``; None if there is no such file or number (``max``: no limit)."""
-    if not file.is_file():
-        return None
-    text = file.read_text(encoding="ascii").strip()
-    return int(text) if text.isdecimal() else None

@@ -136,8 +136,8 @@ class Books:
             if for_blocks < max(sizes):
                 raise BudgetError(
                     f"a KV budget of {format_bytes(budget_bytes)} holds no block",
-                    why=f"the largest block takes {format_bytes(max(sizes))}, and block tables take their share",
-                    hint="raise the budget, or take a smaller block size",
+                    why=f"a block of {block_size} tokens takes {format_bytes(max(sizes))}, and tables their share",
+                    hint="raise the budget, or take a smaller block size (block=16 in the recipe)",
                 )
             self.arena = Arena(for_blocks, max(sizes), block_bytes=sizes)
         self.budget_bytes = budget_bytes
@@ -240,14 +240,7 @@ class Books:
             if missing > 0:
                 self.arena.grow(max(missing, self.arena.n_extents))
             return
-        if missing > 0:
-            blocks = ", ".join(f"{count} of {self.pools[key].name}" for key, count in sorted(demand.items()))
-            why = (
-                f"{missing} extents of {format_bytes(self.arena.extent_bytes)} too few for the blocks needed: {blocks}"
-            )
-        else:
-            why = f"the block tables have {self.entries} entries of at most {self.max_entries}"
-        raise CacheFullError("the KV cache is full", why=why, hint="end or shorten some sequence, or raise the budget")
+        raise CacheFullError("the KV cache is full")  # `CacheManager` says what fits
 
     # ------------------------------------------------------------------------------------------------------ blocks
 

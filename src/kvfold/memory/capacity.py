@@ -187,7 +187,11 @@ def budget_for(specs: Sequence[GroupSpec], block_size: int, *, length: int, chun
     )
     budget = max(needed, 2 * max(sizes))
     while True:
-        extents, extent_bytes = plan_extents(budget - table_entries(budget, specs) * TABLE_ENTRY_BYTES, sizes)
+        for_blocks = budget - table_entries(budget, specs) * TABLE_ENTRY_BYTES
+        if for_blocks < max(sizes):
+            budget += max(sizes)
+            continue
+        extents, extent_bytes = plan_extents(for_blocks, sizes)
         per_extent: dict[PoolKey, int] = {}
         for group, spec in enumerate(specs):
             per_extent[group, "raw"] = extent_bytes // spec.raw_block_bytes

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 
 from kvfold.errors import RequestError
 from kvfold.formats import TABLE_ENTRY_BYTES
@@ -17,6 +18,7 @@ from kvfold.memory.arena import Arena
 from kvfold.memory.audit import audit
 from kvfold.memory.books import Books
 from kvfold.memory.capacity import UNBOUNDED, Capacity
+from kvfold.memory.fullness import saying_what_fits
 from kvfold.memory.pool import BlockPool
 from kvfold.memory.rehearsal import rehearse
 from kvfold.memory.reservation import NOTHING, Copy, Demand, Keeping, Reservation, Run, Seal, Unseal
@@ -125,7 +127,8 @@ class CacheManager:
 
         Raises CacheFullError if the block tables are full.
         """
-        return sharing.fork(self._books, seq)
+        with self._saying("a fork of a sequence", self.length(seq)):
+            return sharing.fork(self._books, seq)
 
     def free(self, seq: SeqId) -> None:
         """Ends a sequence; an open reservation is rolled back. Findable blocks stay cached, the first ones longest."""
@@ -139,7 +142,8 @@ class CacheManager:
         what is returned, then call `finish_unseals`. UnsupportedError if a window has released what would be needed;
         CacheFullError if there is no room for the raw block. With an error, nothing has changed.
         """
-        return sharing.truncate(self._books, seq, length)
+        with self._saying(f"going back to {length} tokens", length):
+            return sharing.truncate(self._books, seq, length)
 
     def finish_unseals(self, unseals: Iterable[Unseal]) -> None:
         """The packed blocks have been decoded and are let go."""
@@ -158,7 +162,8 @@ class CacheManager:
 
         Adopt before anything else of the step is reserved: reserving may evict. RequestError if the blocks are gone.
         """
-        sharing.adopt(self._books, seq, tokens, n, salt)
+        with self._saying(f"{n} shared tokens", n):
+            sharing.adopt(self._books, seq, tokens, n, salt)
 
     def reset_prefix_cache(self) -> None:
         """Forgets all findable blocks; those that nobody references are free. Sequences there are keep theirs, and
@@ -213,7 +218,7 @@ class CacheManager:
 
     def reserve(self, seq: SeqId, new_tokens: int) -> Reservation:
         """Room for ``new_tokens`` more tokens: all of it, or CacheFullError and nothing has changed."""
-        return steps.reserve(self._books, ((seq, new_tokens),))[0]
+        return self.reserve_many(((seq, new_tokens),))[0]
 
     def reserve_many(self, wants: Sequence[tuple[SeqId, int]]) -> list[Reservation]:
         """`reserve` for several sequences: all of them, or CacheFullError and nothing has changed.
@@ -221,7 +226,10 @@ class CacheManager:
         Succeeds exactly if their demands fit together. (One after the other, an early one may take a new extent to
         spare a cached block, which a later one then lacks.)
         """
-        return steps.reserve(self._books, wants)
+        new = max((count for _, count in wants), default=0)
+        longest = max((self.length(seq) + count for seq, count in wants), default=0)
+        with self._saying(f"{new:,} new tokens", longest, new, len(wants)):
+            return steps.reserve(self._books, wants)
 
     def commit(
         self, reservation: Reservation, tokens: Sequence[int] | None = None, salt: bytes | None = None
@@ -270,7 +278,8 @@ class CacheManager:
         """Room for what retention leaves of a sequence, None if nothing is to be dropped; CacheFullError and nothing
         has changed. Move the tokens there and `keep`, or `rollback_keep`.
         """
-        return keeping.reserve_keep(self._books, seq)
+        with self._saying("what retention keeps", self.length(seq)):
+            return keeping.reserve_keep(self._books, seq)
 
     def candidates(self, open_: Keeping, group: int) -> list[int]:
         """Blocks, in order, that retention goes over beside the `kept` ones: sealed ones where the group seals."""
@@ -297,6 +306,10 @@ class CacheManager:
         keeping.rollback_keep(self._books, open_)
 
     # ----------------------------------------------------------------------------------------------------- capacity
+
+    def _saying(self, what: str, longest: int, chunk: int = 1, sequences: int = 1) -> AbstractContextManager[None]:
+        """CacheFullError then says what was asked for, and what fits; see `saying_what_fits`."""
+        return saying_what_fits(self._books, self._room, self._asked, what, (longest, chunk, sequences))
 
     def bytes_in_use(self) -> int:
         """Bytes of referenced blocks and of block tables."""

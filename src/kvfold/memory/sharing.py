@@ -108,7 +108,7 @@ def adopt(books: Books, seq: SeqId, tokens: Sequence[int], count: int, salt: byt
     if len(hit.hashes) * size != count:
         raise RequestError(f"the first {count} tokens are not in the prefix index", why="they were evicted since")
     if not books.entries_fit(entries := sum(map(len, hit.blocks))):
-        raise CacheFullError("the block tables are full", why=f"at most {books.max_entries} entries")
+        raise CacheFullError("the KV cache is full")  # its block tables are; `CacheManager` says what fits
     for group, (table, blocks) in enumerate(zip(state.tables, hit.blocks, strict=True)):
         for entry in blocks:
             books.pools[group, entry.state].ref(entry.block)
@@ -131,7 +131,7 @@ def fork(books: Books, seq: SeqId) -> SeqId:
     state = books.settled(seq)
     entries = sum(table.entries for table in state.tables)
     if not books.entries_fit(entries):
-        raise CacheFullError("the block tables are full", why=f"at most {books.max_entries} entries")
+        raise CacheFullError("the KV cache is full")  # its block tables are; `CacheManager` says what fits
     child = SequenceState([table.copy() for table in state.tables], hashable=state.hashable)
     child.length, child.expected, child.salt = state.length, state.expected, state.salt
     child.tokens, child.hashes = state.tokens[:], state.hashes[:]

@@ -19,8 +19,9 @@ from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import kvfold
+from kvfold.available import available_memory
 from kvfold.engine import Engine, SamplingParams
-from kvfold.engine.loading import BUNDLED, available_memory, load, parse_recipes
+from kvfold.engine.loading import BUNDLED, load, parse_recipes
 from kvfold.engine.runner import ModelRunner
 from kvfold.errors import ModelError, RequestError
 from kvfold.formats import parse_bytes
@@ -277,7 +278,7 @@ class HarnessModel:
                     i = places[output.request_id]
                     texts[i] = output.text
                     self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
-            self.peak_bytes = max(self.peak_bytes, int(engine.stats()["kv_peak_bytes"]))
+            self.peak_bytes = max(self.peak_bytes, int(engine.stats()["kv_peak_bytes"] or 0))
         return texts
 
     def _prompts(self, requests: Iterable[Instance]) -> tuple[list[list[int]], list[SamplingParams]]:

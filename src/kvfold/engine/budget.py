@@ -1,0 +1,58 @@
+"""How much memory an engine's cache gets, and how long its sequences may become."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import torch
+from transformers import PreTrainedModel
+
+from kvfold.available import available_memory, check_available
+from kvfold.errors import RequestError
+from kvfold.formats import parse_bytes
+from kvfold.geometry import Geometry
+from kvfold.memory.capacity import budget_for
+from kvfold.recipe import Recipe
+from kvfold.spec import group_spec
+
+__all__ = ["asked_budget", "context_of", "default_budget"]
+
+_SHARE: Final = 4
+"""By default the cache takes at most one part in so many of the memory that is available."""
+
+
+def asked_budget(kv_memory: str | int | None, model: PreTrainedModel | str | Path) -> int | None:
+    """Bytes that are asked for; None if none are. BudgetError for what is no size, and for more than there is where the
+    model is, or where it would be loaded.
+    """
+    if kv_memory is None:
+        return None
+    asked = parse_bytes(kv_memory)
+    loaded = None if isinstance(model, (str, Path)) else model.device
+    check_available(asked, loaded or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return asked
+
+
+def context_of(geometry: Geometry, max_length: int | None) -> int:
+    """Tokens a sequence may have: ``max_length``, or what the model takes. RequestError for a bad ``max_length``."""
+    if max_length is None:
+        return geometry.max_positions
+    if not 1 < max_length <= geometry.max_positions:
+        raise RequestError(
+            f"bad max_length={max_length!r}",
+            why=f"a whole number from 2 to the model's context of {geometry.max_positions} is needed",
+        )
+    return max_length
+
+
+def default_budget(
+    model: PreTrainedModel, geometry: Geometry, recipe: Recipe, context: int, chunk: int, max_sequences: int
+) -> int:
+    """Bytes for ``max_sequences`` full contexts, read in steps of ``chunk``, or what may be taken of the memory there
+    is.
+    """
+    share = available_memory(model.device) // _SHARE
+    specs = [group_spec(group, recipe=recipe) for group in geometry.groups(recipe, model.dtype.itemsize)]
+    chunk = min(chunk, context)
+    return min(share, budget_for(specs, recipe.block_size, length=context, chunk=chunk, sequences=max_sequences))
