@@ -8,7 +8,9 @@ from typing import Final, Protocol
 
 from torch import Tensor
 
-__all__ = ["PREFILL_TOKENS", "SCORED_TOKENS", "Contestant", "Forced"]
+from kvfold.recipe import Recipe
+
+__all__ = ["PREFILL_TOKENS", "SCORED_TOKENS", "Contestant", "Forced", "scored_tokens"]
 
 PREFILL_TOKENS: Final = 8192
 """Tokens of one forward while a prompt goes in: nearly every prompt in one, as ``generate()`` does it."""
@@ -17,6 +19,13 @@ SCORED_TOKENS: Final = 32
 """Tokens of one forward behind the prompt. A chunk attends to its past as it is stored, so small chunks see nearly what
 decoding sees.
 """
+
+
+def scored_tokens(recipe: Recipe) -> int:
+    """Tokens of one forward behind the prompt under ``recipe``: one where retrieval chooses what is read, which it does
+    for a single token only; a chunk would read everything, and measure an error of zero.
+    """
+    return SCORED_TOKENS if recipe.retrieval is None else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +61,7 @@ class Contestant(Protocol):
 
     def force(self, tokens: Sequence[int], *, score_from: int, decode_steps: int = 0) -> Forced:
         """``tokens[:score_from]`` is the prompt, goes in as one prefill (kvfold: in chunks of `PREFILL_TOKENS`), and is
-        compressed at its end; the rest goes in in chunks of `SCORED_TOKENS`, attending to the cache as it is stored.
+        compressed at its end; the rest goes in in chunks of `scored_tokens`, attending to the cache as it is stored.
         """
 
     def generate(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvfold.engine.runner import ModelRunner, SeqWork
-from kvfold.quality.contestant import PREFILL_TOKENS, SCORED_TOKENS, Forced
+from kvfold.quality.contestant import PREFILL_TOKENS, Forced, scored_tokens
 from kvfold.rotary import Lengths
 from kvfold.rule import KeepRule
 
@@ -36,7 +36,7 @@ def teacher_force(
     rule = runner.cache.recipe.rule
     whole = Lengths.whole(len(tokens) + decode_steps)  # rotary factors as in one forward
     try:
-        for start, stop in _chunks(len(tokens), score_from, rule):
+        for start, stop in _chunks(len(tokens), score_from, rule, scored_tokens(runner.cache.recipe)):
             watched = rule is not None and rule.next_point(start, score_from) is not None
             work = SeqWork(seq, tokens[start:stop], start, b"", sample=True, watched=watched, lengths=whole)
             if start < score_from:
@@ -52,11 +52,13 @@ def teacher_force(
     return Forced(logits=torch.cat(kept), kv_bytes=kv_bytes, decode_tok_s=speed)
 
 
-def _chunks(length: int, score_from: int, rule: KeepRule | None) -> Iterator[tuple[int, int]]:
-    """The forwards: the prompt as the engine prefills, then small steps; none crosses a point of retention."""
+def _chunks(length: int, score_from: int, rule: KeepRule | None, scored: int) -> Iterator[tuple[int, int]]:
+    """The forwards: the prompt as the engine prefills, then steps of ``scored`` tokens; none crosses a point of
+    retention.
+    """
     start = 0
     while start < length:
-        end, size = (score_from, PREFILL_TOKENS) if start < score_from else (length, SCORED_TOKENS)
+        end, size = (score_from, PREFILL_TOKENS) if start < score_from else (length, scored)
         point = None if rule is None else rule.next_point(start, score_from)
         stop = min(start + size, end, point or end)
         yield start, stop

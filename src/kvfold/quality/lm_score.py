@@ -1,7 +1,7 @@
 """Log-likelihoods of given continuations, read from the cache as it is stored.
 
 The prompt goes in as the engine takes it, in chunks of `PREFILL_TOKENS`. Its last token and the continuation follow in
-chunks of `SCORED_TOKENS`, so that every scored position attends to what the recipe has made of its past, the first
+chunks of `scored_tokens`, so that every scored position attends to what the recipe has made of its past, the first
 included. Prompts that begin alike share whole chunks, and continuations of one prompt share all of it: by forks, which
 hold the same stored bits, so a score does not depend on what else was asked.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kvfold.engine.runner import ModelRunner, SeqWork
 from kvfold.errors import CacheFullError, NumericsError
-from kvfold.quality.contestant import SCORED_TOKENS
+from kvfold.quality.contestant import scored_tokens
 from kvfold.rotary import Lengths
 
 __all__ = ["PREFILL_TOKENS", "Likelihood", "Scorer", "Window", "cut"]
@@ -65,6 +65,7 @@ class Scorer:
 
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
+        self._scored = scored_tokens(runner.cache.recipe)
         self._kept: list[_Kept] = []  # each begins like the one after it
         self._lengths = Lengths.whole(0)  # what the rotary factors of the windows being scored follow from
 
@@ -127,8 +128,8 @@ class Scorer:
             try:
                 logits = torch.cat(
                     [
-                        self._feed(fork, inputs[start : start + SCORED_TOKENS], length + start)
-                        for start in range(0, len(inputs), SCORED_TOKENS)
+                        self._feed(fork, inputs[start : start + self._scored], length + start)
+                        for start in range(0, len(inputs), self._scored)
                     ]
                 )
             finally:
