@@ -8,9 +8,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from kvfold.engine.chat import encode_chat, is_conversation
 from kvfold.engine.contexts import Context
 from kvfold.engine.detokenize import TextStream
-from kvfold.engine.request import Prompt, SamplingParams, StreamChunk
+from kvfold.engine.request import Chat, Prompt, SamplingParams, StreamChunk
 from kvfold.engine.sampling import RowSampler
 from kvfold.engine.state import Branch, Request
 from kvfold.errors import RequestError
@@ -92,31 +93,27 @@ class Intake:
         """Token ids of a text (with the tokenizer's special tokens), of chat messages, or as they are."""
         if isinstance(prompt, str):
             return self._checked(self._need("a text").encode(prompt))
+        if isinstance(prompt, Chat):
+            return self._chat(prompt)
+        if is_conversation(prompt):
+            return self._chat(Chat(prompt))
         if not isinstance(prompt, Sequence):
             raise RequestError(
                 f"bad prompt of type {type(prompt).__name__}", hint="a text, token ids, or chat messages"
             )
-        if prompt and all(isinstance(item, Mapping) for item in prompt):
-            return self._checked(self._chat([dict(item) for item in prompt if isinstance(item, Mapping)]))
         return self._checked(prompt)
 
     def _continuation(self, prompt: Prompt) -> list[int]:
         """Token ids of what stands behind a context: a text without special tokens, or ids."""
         if isinstance(prompt, str):
             return self._checked(self._need("a text").encode(prompt, add_special_tokens=False))
-        if prompt and all(isinstance(item, Mapping) for item in prompt):
+        if isinstance(prompt, Chat) or is_conversation(prompt):
             hint = "render the chat yourself and give what follows the context as a text or as token ids"
             raise RequestError("chat messages behind a shared context", why="a template renders whole chats", hint=hint)
         return self.tokens(prompt)
 
-    def _chat(self, messages: list[dict[str, Any]]) -> Any:
-        tokenizer = self._need("chat messages")
-        if not tokenizer.chat_template:
-            raise RequestError(
-                "chat messages", why="the tokenizer has no chat template", hint="give the prompt as a text"
-            )
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return tokenizer.encode(text, add_special_tokens=False)
+    def _chat(self, chat: Chat) -> list[int]:
+        return self._checked(encode_chat(self._need("chat messages"), chat))
 
     def _need(self, what: str) -> PreTrainedTokenizerBase:
         if self._tokenizer is None:
@@ -190,7 +187,7 @@ class Intake:
 
 def is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
     """Whether ``prompts`` is one prompt rather than several: a text, token ids, or chat messages."""
-    return isinstance(prompts, str) or (
+    return isinstance(prompts, (str, Chat)) or (
         len(prompts) > 0 and all(isinstance(item, (int, Mapping)) or hasattr(item, "__index__") for item in prompts)
     )
 

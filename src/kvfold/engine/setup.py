@@ -1,0 +1,51 @@
+"""What an engine needs to start: how long a sequence may be, how much memory the cache gets, and its scheduler."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from transformers import PreTrainedModel
+
+from kvfold.cache import group_spec
+from kvfold.engine.loading import available_memory
+from kvfold.engine.runner import ModelRunner
+from kvfold.engine.scheduler import Scheduler
+from kvfold.errors import RequestError
+from kvfold.geometry import Geometry
+from kvfold.memory.capacity import budget_for
+from kvfold.recipe import Recipe
+
+__all__ = ["context_length", "default_budget", "make_scheduler"]
+
+_SHARE: Final = 4
+"""By default the cache takes at most one part in so many of the memory that is available."""
+
+
+def context_length(geometry: Geometry, max_length: int | None) -> int:
+    """The most tokens of a sequence: the model's context, or ``max_length``, which must not be longer."""
+    if max_length is None:
+        return geometry.max_positions
+    if not 1 < max_length <= geometry.max_positions:
+        raise RequestError(
+            f"bad max_length={max_length!r}",
+            why=f"a whole number from 2 to the model's context of {geometry.max_positions} is needed",
+        )
+    return max_length
+
+
+def make_scheduler(runner: ModelRunner, *, repeatable: bool | None, **options: Any) -> Scheduler:
+    """The scheduler of a runner's cache; ``options``: the others of `Scheduler`."""
+    books, retainer = runner.manager, runner.cache.retainer
+    if repeatable is None:
+        repeatable = any(group.seals for group in books.groups)
+    watches = 0 if retainer is None else retainer.method.watches
+    return Scheduler(books, rule=runner.cache.recipe.rule, watches=watches, repeatable=repeatable, **options)
+
+
+def default_budget(
+    model: PreTrainedModel, geometry: Geometry, recipe: Recipe, context: int, chunk: int, max_sequences: int
+) -> int:
+    """Bytes for ``max_sequences`` full contexts, or what may be taken of the memory there is."""
+    share = available_memory(model.device) // _SHARE
+    specs = [group_spec(group, recipe=recipe) for group in geometry.groups(recipe, model.dtype.itemsize)]
+    return min(share, budget_for(specs, recipe.block_size, length=context, chunk=chunk, sequences=max_sequences))
