@@ -204,9 +204,13 @@ def test_files_and_functions_stay_small() -> None:
 
 
 def public_definitions(node: ast.Module | ast.ClassDef, prefix: str = "") -> Iterator[tuple[str, Definition]]:
-    """Public classes, functions and methods with dotted names; what lies inside a function is its own affair."""
+    """Public classes, functions and methods with dotted names; what lies inside a function is its own affair, and an
+    overload is described where the function is defined.
+    """
     for child in node.body:
         if isinstance(child, Definition) and not child.name.startswith("_"):
+            if any(isinstance(each, ast.Name) and each.id == "overload" for each in child.decorator_list):
+                continue
             yield prefix + child.name, child
             if isinstance(child, ast.ClassDef):
                 yield from public_definitions(child, f"{prefix}{child.name}.")

@@ -41,7 +41,7 @@ def test_many_tasks_get_their_own_tokens(model: Any) -> None:
 
     async def test(engine: AsyncEngine) -> None:
         async def stream(prompt: list[int]) -> list[int]:
-            chunks = [chunk async for chunk in engine.generate(prompt, SamplingParams(max_tokens=20))]
+            chunks = [chunk async for chunk in engine.stream(prompt, SamplingParams(max_tokens=20))]
             assert chunks[-1].final is not None
             tokens = [token for chunk in chunks for token in chunk.token_ids]
             assert tokens == chunks[-1].final.token_ids
@@ -49,7 +49,7 @@ def test_many_tasks_get_their_own_tokens(model: Any) -> None:
             return tokens
 
         async def whole(prompt: list[int]) -> list[int]:
-            return (await engine.complete(prompt, SamplingParams(max_tokens=20))).token_ids
+            return (await engine.generate(prompt, SamplingParams(max_tokens=20)))[0].token_ids
 
         found = await asyncio.gather(*map(stream, prompts), *map(whole, prompts))
         wanted = [expected(model, prompt, 20) for prompt in prompts]
@@ -63,10 +63,10 @@ def test_a_cancelled_task_aborts_its_request(model: Any) -> None:
         seen = asyncio.Event()
 
         async def watch() -> None:
-            async for _ in engine.generate([5, 6], ENDLESS):
+            async for _ in engine.stream([5, 6], ENDLESS):
                 seen.set()
 
-        task, other = asyncio.create_task(watch()), asyncio.create_task(engine.complete([7, 8], ENDLESS))
+        task, other = asyncio.create_task(watch()), asyncio.create_task(engine.generate([7, 8], ENDLESS))
         await seen.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -82,7 +82,7 @@ def test_a_cancelled_task_aborts_its_request(model: Any) -> None:
 
 def test_the_id_of_a_cancelled_request_is_taken_until_it_is_gone(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(engine: AsyncEngine) -> None:
-        task = asyncio.create_task(engine.complete([5, 6], ENDLESS, request_id="x"))
+        task = asyncio.create_task(engine.generate([5, 6], ENDLESS, request_id="x"))
         while not engine.engine._core.requests:
             await asyncio.sleep(0.001)
         step = engine.engine.step
@@ -92,11 +92,11 @@ def test_the_id_of_a_cancelled_request_is_taken_until_it_is_gone(model: Any, mon
         for _ in range(3):
             await asyncio.sleep(0)
         with pytest.raises(RequestError, match="under way"):
-            await engine.complete([7, 8], request_id="x")
+            await engine.generate([7, 8], request_id="x")
         output = None
         while output is None:
             try:
-                output = await engine.complete([7, 8], SamplingParams(max_tokens=9), request_id="x")
+                (output,) = await engine.generate([7, 8], SamplingParams(max_tokens=9), request_id="x")
             except RequestError:
                 await asyncio.sleep(0)
         assert output.token_ids == expected(model, [7, 8], 9)
@@ -109,10 +109,10 @@ def test_the_id_of_a_cancelled_request_is_taken_until_it_is_gone(model: Any, mon
 
 def test_leaving_the_loop_early_aborts(model: Any) -> None:
     async def test(engine: AsyncEngine) -> None:
-        chunks = engine.generate([5, 6], ENDLESS)
+        chunks = engine.stream([5, 6], ENDLESS)
         async for _ in chunks:
             break
-        await chunks.aclose()  # type: ignore[attr-defined]
+        await chunks.aclose()
         assert not engine.engine.has_unfinished()
 
     serve(model, test)
@@ -122,18 +122,18 @@ def test_leaving_the_loop_early_aborts(model: Any) -> None:
 def test_abort_ends_the_waiting_with_what_there_is(model: Any, streamed: bool) -> None:
     async def test(engine: AsyncEngine) -> None:
         async def stream() -> Any:
-            async for chunk in engine.generate([5, 6], ENDLESS, request_id="mine"):
+            async for chunk in engine.stream([5, 6], ENDLESS, request_id="mine"):
                 last = chunk
-            return last.final
+            return [last.final]
 
-        waiting = stream() if streamed else engine.complete([5, 6], ENDLESS, request_id="mine")
+        waiting = stream() if streamed else engine.generate([5, 6], ENDLESS, request_id="mine")
         task = asyncio.create_task(waiting)
         while not engine.engine._core.requests:
             await asyncio.sleep(0.001)
         with pytest.raises(RequestError, match="under way"):
-            await engine.complete([5], request_id="mine")
+            await engine.generate([5], request_id="mine")
         aborted = await engine.abort("mine")
-        assert await task == aborted
+        assert await task == [aborted]
         assert aborted is not None
         assert aborted.finish_reason == "abort"
         assert await engine.abort("mine") is None
@@ -147,18 +147,18 @@ def test_refusals_and_errors_reach_the_one_who_asked() -> None:
         model.model.embed_tokens.weight[9] = float("nan")
 
     async def test(engine: AsyncEngine) -> None:
-        good = asyncio.create_task(engine.complete([5, 6], SamplingParams(max_tokens=10)))
+        good = asyncio.create_task(engine.generate([5, 6], SamplingParams(max_tokens=10)))
         with pytest.raises(RequestError, match="empty prompt"):
-            await engine.complete([])
+            await engine.generate([[]])
         with pytest.raises(RequestError, match="empty prompt"):
-            async for _ in engine.generate([]):
+            async for _ in engine.stream([]):
                 pass
         with pytest.raises(NumericsError):
-            await engine.complete([9])
+            await engine.generate([9])
         with pytest.raises(NumericsError):
-            async for _ in engine.generate([9]):
+            async for _ in engine.stream([9]):
                 pass
-        assert (await good).token_ids
+        assert (await good)[0].token_ids
 
     serve(model, test)
 
@@ -172,23 +172,23 @@ def test_an_error_of_the_step_reaches_everyone_and_the_engine_goes_on(
 
         with monkeypatch.context() as patch:
             patch.setattr(engine.engine._runner._packed, "forward", broken)
-            tasks = [asyncio.create_task(engine.complete([5, i])) for i in (6, 7)]
+            tasks = [asyncio.create_task(engine.generate([5, i])) for i in (6, 7)]
             for error in await asyncio.gather(*tasks, return_exceptions=True):
                 assert isinstance(error, RuntimeError)
-        assert (await engine.complete([5, 6], SamplingParams(max_tokens=4))).token_ids == expected(model, [5, 6], 4)
+        assert (await engine.generate([5, 6], SamplingParams(max_tokens=4)))[0].token_ids == expected(model, [5, 6], 4)
 
     serve(model, test)
 
 
 def test_closing_ends_the_waiting_and_refuses_newcomers(model: Any) -> None:
     async def test(engine: AsyncEngine) -> None:
-        task = asyncio.create_task(engine.complete([5, 6], ENDLESS))
+        task = asyncio.create_task(engine.generate([5, 6], ENDLESS))
         await asyncio.sleep(0.02)
         await engine.close()
         with pytest.raises(RequestError, match="closed"):
             await task
         with pytest.raises(RequestError, match="closed"):
-            await engine.complete([5])
+            await engine.generate([5])
         assert await engine.abort("mine") is None
         await engine.close()
 

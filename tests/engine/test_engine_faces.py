@@ -79,10 +79,22 @@ def test_a_stream_that_is_closed_aborts(model: Any) -> None:
         stream = engine.stream([5, 6, 7], SamplingParams(max_tokens=100, ignore_eos=True))
         next(iter(stream))
         assert engine.has_unfinished()
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
+        assert_idle(engine)
+        engine.stream([5, 6, 7]).close()  # before the first chunk was asked for
         assert_idle(engine)
         with pytest.raises(RequestError):
             engine.stream([])
+
+
+def test_a_stream_that_has_ended_leaves_a_later_request_of_its_id_alone(model: Any) -> None:
+    with engine_of(model) as engine:
+        stream = engine.stream([5, 6, 7], SamplingParams(max_tokens=1), request_id="mine")
+        assert next(stream).final is not None
+        engine.add_request([5], SamplingParams(max_tokens=2, ignore_eos=True), request_id="mine")
+        stream.close()
+        ended = drain(engine)
+    assert len(ended["mine"].token_ids) == 2
 
 
 def test_ids_are_unique_while_under_way(model: Any) -> None:

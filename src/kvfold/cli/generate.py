@@ -45,7 +45,7 @@ def generate(
         print(engine.capacity_report(), file=sys.stderr)
         asked: Any = [{"role": "user", "content": text}] if chat else text
         final = None
-        for chunk in engine.stream(asked, params):
+        for chunk in engine.stream(asked, params, raise_errors=False):
             if json_file != "-":
                 print(chunk.text_delta, end="", flush=True)
             final = chunk.final or final

@@ -3,6 +3,7 @@
 from kvfold.engine.async_engine import AsyncEngine
 from kvfold.engine.engine import Engine
 from kvfold.engine.request import (
+    Chat,
     CompletionOutput,
     Logprob,
     RequestOutput,
@@ -12,6 +13,7 @@ from kvfold.engine.request import (
 
 __all__ = [
     "AsyncEngine",
+    "Chat",
     "CompletionOutput",
     "Engine",
     "Logprob",

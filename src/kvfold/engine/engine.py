@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack, overload
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvfold.engine.budget import asked_budget, context_of, default_budget
+from kvfold.engine.batch import asked, in_order, naming
+from kvfold.engine.chat import ChatOptions, Conversation, as_chats, is_conversation
 from kvfold.engine.contexts import Context, read_context
 from kvfold.engine.core import EngineCore
 from kvfold.engine.intake import Intake, Room
@@ -20,7 +21,8 @@ from kvfold.engine.loading import check_recipe, end_tokens, load, load_model
 from kvfold.engine.progress import ProgressLine
 from kvfold.engine.request import Prompt, RequestOutput, SamplingParams, StreamChunk
 from kvfold.engine.runner import ModelRunner
-from kvfold.engine.scheduler import Scheduler
+from kvfold.engine.setup import asked_budget, context_length, default_budget, make_scheduler
+from kvfold.engine.waiting import run_all, stream_chunks
 from kvfold.engine.weights import WeightsWatch
 from kvfold.errors import RequestError
 from kvfold.formats import format_bytes
@@ -36,7 +38,8 @@ class Engine:
 
     Requests join and leave between steps; long prompts are computed in chunks beside the decoding of others; prompts
     that begin alike share blocks; when the cache is full the youngest request gives its blocks back and is computed
-    anew later. Not thread-safe: `AsyncEngine` is the same for asyncio.
+    anew later. Not thread-safe: `AsyncEngine` has the same methods for asyncio, but those that step by hand
+    (`add_request`, `step`, `has_unfinished`).
     """
 
     def __init__(
@@ -68,7 +71,7 @@ class Engine:
         if isinstance(model, (str, Path)):
             model, tokenizer = load(model) if tokenizer is None else (load_model(model), tokenizer)
         geometry = Geometry.from_config(model.config)
-        self.context = context_of(geometry, max_length)
+        self.context = context_length(geometry, max_length)
         self.recipe = check_recipe(recipe, model)
         self.tokenizer = tokenizer
         if asked is None:
@@ -81,22 +84,24 @@ class Engine:
             check=check,
             instruction=() if tokenizer is None else tokenizer.encode(INSTRUCTION, add_special_tokens=False),
         )
-        scheduler = _scheduler(
-            self._runner,
-            max_batched_tokens=max_batched_tokens,
-            max_sequences=max_sequences,
-            prefix_caching=prefix_caching,
-            repeatable=repeatable,
-        )
+        limits = {"max_batched_tokens": max_batched_tokens, "max_sequences": max_sequences}
+        scheduler = make_scheduler(self._runner, prefix_caching=prefix_caching, repeatable=repeatable, **limits)
         self._core = EngineCore(self._runner, scheduler, tokenizer)
         capacity = Room(self._runner.manager, self.context, max_batched_tokens)
-        ends, rotary = end_tokens(model, tokenizer), self._runner.rotary
         self._intake = Intake(
-            tokenizer, geometry.vocab, self.context, capacity, max_sequences, end_ids=ends, seed=seed, rotary=rotary
+            tokenizer,
+            geometry.vocab,
+            self.context,
+            capacity,
+            max_sequences,
+            end_ids=end_tokens(model, tokenizer),
+            seed=seed,
+            rotary=self._runner.rotary,
         )
         self._weights = WeightsWatch(model)
         self._numbered, self._closed = 0, False
         self._unclaimed: list[RequestOutput] = []
+        self._awaited: dict[str, dict[str, RequestOutput]] = {}  # by request of a `generate`: its outputs so far
         self._contexts: set[Context] = set()
         logging.getLogger("kvfold.engine").info(self.capacity_report())
 
@@ -188,7 +193,8 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """One forward of the model for everyone who has a turn; the requests that have ended."""
-        claimed, self._unclaimed = self._unclaimed, []
+        claimed = self._unclaimed[:]
+        self._unclaimed.clear()
         if not self._core.requests:
             return claimed
         if self._core.scheduler.waiting:
@@ -196,9 +202,16 @@ class Engine:
         return claimed + self._core.step()
 
     def abort(self, request_id: str) -> RequestOutput | None:
-        """End a request now; what there is of it. None if it is not (any more) under way."""
+        """End a request now; what there is of it. The call that waits for it gets that too. None if it is not (any
+        more) under way.
+        """
         request = self._core.requests.get(request_id)
-        return None if request is None else self._core.abort(request)
+        if request is None:
+            return None
+        output = self._core.abort(request)
+        if request_id in self._awaited:
+            self._awaited[request_id][request_id] = output
+        return output
 
     def has_unfinished(self) -> bool:
         """Whether `step` has something to do or to give back."""
@@ -211,79 +224,102 @@ class Engine:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        request_id: str | Sequence[str] | None = None,
         salt: bytes = b"",
         context: Context | None = None,
         progress: bool = True,
         raise_errors: bool = True,
     ) -> list[RequestOutput]:
         """Completions of ``prompts`` (one, or several), in their order. ``params``: for all, or one for each.
-        ``context``: what all of them go on from, see `add_request`.
+        ``request_id``: one for each, for `abort`. ``salt``, ``context``: of all of them, see `add_request`.
 
         ``progress``: a line on stderr, if that is a terminal and it takes longer than two seconds. An error of one
         request (NumericsError) leaves the others alone; it is raised when all are done, or with ``raise_errors=False``
-        left in the output's ``error``.
+        left in the output's ``error``. A refusal (RequestError) of one ends the call before the first step.
         """
-        many = self._intake.several(prompts, behind_context=context is not None)
-        wanted = params if isinstance(params, Sequence) else [params] * len(many)
-        if len(wanted) != len(many):
-            raise RequestError(f"{len(wanted)} sampling parameters for {len(many)} prompts")
+        requests = asked(prompts, params, request_id)
         ids: list[str] = []
         done: dict[str, RequestOutput] = {}
         try:
-            for prompt, one in zip(many, wanted, strict=True):
-                ids.append(self.add_request(prompt, one, salt=salt, context=context))
-            self._run(ids, done, ProgressLine(len(ids), enabled=progress))
+            for prompt, one, wanted, name in requests:
+                with naming(name):
+                    ids.append(self.add_request(prompt, one, request_id=wanted, salt=salt, context=context))
+                self._awaited[ids[-1]] = done
+            run_all(self.step, self._core, ids, done, self._unclaimed, ProgressLine(len(ids), enabled=progress))
         finally:
-            for request_id in ids:
-                if request_id not in done:
-                    self.abort(request_id)
-        outputs = [done[request_id] for request_id in ids]
-        if raise_errors:
-            for output in outputs:
-                if output.error is not None:
-                    raise output.error
-        return outputs
+            for added in ids:
+                if added not in done:
+                    self.abort(added)
+                del self._awaited[added]
+        return in_order(ids, done, raise_errors=raise_errors)
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, salt: bytes = b""
-    ) -> Iterator[StreamChunk]:
-        """The completion of ``prompt`` as it grows. A request that is refused raises here, not at the first chunk.
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        salt: bytes = b"",
+        context: Context | None = None,
+        raise_errors: bool = True,
+    ) -> Generator[StreamChunk, None, None]:
+        """The completion of ``prompt`` as it grows; ``final`` of the last chunk is the whole output. A request that is
+        refused raises here, not at the first chunk.
 
-        An iterator that is closed before its end aborts the request. Other requests under way move along.
+        An iterator that is closed before its end aborts the request. Other requests under way move along. An error of
+        the request (NumericsError) is raised after its last chunk, or with ``raise_errors=False`` left in ``final``.
         """
         chunks: deque[StreamChunk] = deque()
-        request_id = self.add_request(prompt, params, salt=salt, on_chunk=chunks.append)
-        return self._chunks(request_id, chunks)
+        added = self.add_request(
+            prompt, params, request_id=request_id, salt=salt, on_chunk=chunks.append, context=context
+        )
+        return stream_chunks(self.step, self._core, added, chunks, self._unclaimed, raise_errors=raise_errors)
 
-    def _chunks(self, request_id: str, chunks: deque[StreamChunk]) -> Iterator[StreamChunk]:
-        others: list[RequestOutput] = []
-        try:
-            while True:
-                while not chunks and request_id in self._core.requests:
-                    others += (output for output in self.step() if output.request_id != request_id)
-                if not chunks:
-                    return
-                yield chunks.popleft()
-        finally:
-            self.abort(request_id)
-            self._unclaimed += others
+    @overload
+    def chat(
+        self, messages: Conversation, params: SamplingParams | None = None, **options: Unpack[ChatOptions]
+    ) -> RequestOutput: ...
 
-    def _run(self, ids: Sequence[str], done: dict[str, RequestOutput], line: ProgressLine) -> None:
-        """Step until the requests ``ids`` have ended, into ``done``; what else ends is kept for the next `step`."""
-        mine = set(ids)
-        others: list[RequestOutput] = []
-        begun = self._core.stats.decode_tokens
-        try:
-            while len(done) < len(mine):
-                for output in self.step():
-                    if output.request_id in mine:
-                        done[output.request_id] = output
-                    else:
-                        others.append(output)
-                line.update(len(done), self._core.stats.decode_tokens - begun)
-        finally:
-            self._unclaimed += others
-            line.close()
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Conversation],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> list[RequestOutput]: ...
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        request_id: str | Sequence[str] | None = None,
+        salt: bytes = b"",
+        progress: bool = True,
+        raise_errors: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> RequestOutput | list[RequestOutput]:
+        """The model's next turn in a conversation, a list of messages ``{"role": ..., "content": ...}``; or in several,
+        a list of such lists, for a list of outputs.
+
+        ``chat_template``: in the place of the tokenizer's. ``continue_final_message``: go on with the last message
+        (needs ``add_generation_prompt=False``). ``chat_template_kwargs``: further variables of the template. The rest
+        as in `generate`. RequestError for what is not a conversation, and for what the template refuses.
+        """
+        chats = as_chats(
+            messages,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        outputs = self.generate(
+            chats, params, request_id=request_id, salt=salt, progress=progress, raise_errors=raise_errors
+        )
+        return outputs[0] if is_conversation(messages) else outputs
 
     # -- what there is
 
@@ -359,12 +395,3 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _scheduler(runner: ModelRunner, *, repeatable: bool | None, **options: Any) -> Scheduler:
-    """The scheduler of a runner's cache; ``options``: the others of `Scheduler`."""
-    books, retainer = runner.manager, runner.cache.retainer
-    if repeatable is None:
-        repeatable = any(group.seals for group in books.groups)
-    watches = 0 if retainer is None else retainer.method.watches
-    return Scheduler(books, rule=runner.cache.recipe.rule, watches=watches, repeatable=repeatable, **options)

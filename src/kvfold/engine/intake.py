@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from kvfold.engine.chat import encode_chat
 from kvfold.engine.contexts import Context
 from kvfold.engine.detokenize import TextStream
-from kvfold.engine.prompts import PlainPrompt, plain, several
-from kvfold.engine.request import Prompt, SamplingParams, StreamChunk
+from kvfold.engine.prompts import PlainPrompt, plain
+from kvfold.engine.request import Chat, Prompt, SamplingParams, StreamChunk
 from kvfold.engine.sampling import RowSampler
 from kvfold.engine.state import Branch, Request
 from kvfold.errors import RequestError
@@ -97,49 +97,34 @@ class Intake:
         """Token ids of a text (with the tokenizer's special tokens), of chat messages, or as they are."""
         return self._ids(plain(prompt))
 
-    def several(self, prompts: Prompt | Sequence[Prompt], *, behind_context: bool = False) -> list[list[int]]:
-        """Token ids of one prompt or of several, each as `tokens`; or as what stands behind a shared context."""
-        ids = self._continued if behind_context else self._ids
-        return [ids(prompt, name) for name, prompt in several(prompts)]
-
-    def _ids(self, prompt: PlainPrompt, name: str = "the prompt") -> list[int]:
+    def _ids(self, prompt: PlainPrompt) -> list[int]:
         if isinstance(prompt, str):
-            return self._checked(self._need("a text").encode(prompt), name)
-        if isinstance(prompt[0], dict):
-            return self._checked(self._chat(prompt), name)
-        return self._checked(prompt, name)
+            return self._checked(self._need("a text").encode(prompt))
+        if isinstance(prompt, Chat):
+            return self._checked(encode_chat(self._need("chat messages"), prompt))
+        return self._checked(prompt)
 
-    def _continued(self, prompt: PlainPrompt, name: str = "the prompt") -> list[int]:
+    def _continued(self, prompt: PlainPrompt) -> list[int]:
         """Token ids of what stands behind a context: a text without special tokens, or ids."""
         if isinstance(prompt, str):
-            return self._checked(self._need("a text").encode(prompt, add_special_tokens=False), name)
-        if isinstance(prompt[0], dict):
+            return self._checked(self._need("a text").encode(prompt, add_special_tokens=False))
+        if isinstance(prompt, Chat):
             hint = "render the chat yourself and give what follows the context as a text or as token ids"
             raise RequestError("chat messages behind a shared context", why="a template renders whole chats", hint=hint)
-        return self._ids(prompt, name)
-
-    def _chat(self, messages: list[dict[str, Any]]) -> Any:
-        tokenizer = self._need("chat messages")
-        if not tokenizer.chat_template:
-            raise RequestError(
-                "chat messages", why="the tokenizer has no chat template", hint="give the prompt as a text"
-            )
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return tokenizer.encode(text, add_special_tokens=False)
+        return self._checked(prompt)
 
     def _need(self, what: str) -> PreTrainedTokenizerBase:
         if self._tokenizer is None:
             raise RequestError(f"{what} as a prompt", why="the engine has no tokenizer", hint="give token ids")
         return self._tokenizer
 
-    def _checked(self, ids: list[int], name: str) -> list[int]:
+    def _checked(self, ids: list[int]) -> list[int]:
         """``ids``, each within the vocabulary."""
         if not ids:
-            raise RequestError(f"empty prompt ({name})", why="there is no token to go on from")
+            raise RequestError("empty prompt", why="there is no token to go on from")
         if not 0 <= min(ids) <= max(ids) < self._vocab:
             wrong = next(token for token in ids if not 0 <= token < self._vocab)
-            why = f"the vocabulary has {self._vocab} tokens"
-            raise RequestError(f"bad token id {wrong} in {name}", why=why)
+            raise RequestError(f"bad token id {wrong} in a prompt", why=f"the vocabulary has {self._vocab} tokens")
         return ids
 
     def check_length(self, tokens: Sequence[int]) -> int:

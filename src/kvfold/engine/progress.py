@@ -21,14 +21,15 @@ class ProgressLine:
 
     def __init__(self, total: int, *, enabled: bool) -> None:
         self._total = total
-        self._enabled = enabled and sys.stderr.isatty()
+        self.enabled = enabled and sys.stderr.isatty()
+        """Whether it shows anything, if it takes long enough."""
         self._watch = Stopwatch()
         self._next = _PATIENCE
         self._shown = False
 
     def update(self, done: int, tokens: int) -> None:
         """``done`` requests have finished, ``tokens`` have been generated."""
-        if self._enabled and (seconds := self._watch.seconds) >= self._next:
+        if self.enabled and (seconds := self._watch.seconds) >= self._next:
             self._next = seconds + _PAUSE
             self._shown = True
             rate = tokens / seconds

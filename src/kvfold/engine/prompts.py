@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
+from kvfold.engine.request import Chat
 from kvfold.errors import RequestError
 
 __all__ = ["PlainPrompt", "plain", "several"]
 
-PlainPrompt: TypeAlias = str | list[int] | list[dict[str, Any]]
+PlainPrompt: TypeAlias = str | list[int] | Chat
 """A prompt in the types that Python itself has."""
 
 _HINT = "a prompt is a text, a list of token ids, or a list of chat messages"
@@ -27,7 +28,7 @@ def several(prompts: Any) -> list[tuple[str, PlainPrompt]]:
             "bad prompt", why=f"{why}, not a prompt", hint="give its input_ids" if "input_ids" in prompts else _HINT
         )
     prompts = _listed(prompts, "the prompt", dimensions=2)
-    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray):
+    if isinstance(prompts, str | Chat) or not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray):
         return [("the prompt", plain(prompts))]
     if len(prompts) and (isinstance(prompts[0], Mapping) or _is_number(prompts[0])):
         return [("the prompt", plain(prompts))]
@@ -41,13 +42,15 @@ def plain(prompt: Any, name: str = "the prompt") -> PlainPrompt:
         if not prompt.isascii() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
             raise RequestError(f"bad text in {name}", why="it is not valid Unicode: it holds half of a surrogate pair")
         return prompt
+    if isinstance(prompt, Chat):
+        return prompt
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
         found = "None" if prompt is None else f"of type {type(prompt).__name__}"
         raise RequestError(f"bad prompt ({name})", why=f"it is {found}", hint=_HINT)
     if not len(prompt):
         raise RequestError(f"empty prompt ({name})", why="there is no token to go on from")
     if isinstance(prompt[0], Mapping):
-        return [_message(message, i, name) for i, message in enumerate(prompt)]
+        return Chat([_message(message, i, name) for i, message in enumerate(prompt)])
     return [_token(token, i, name) for i, token in enumerate(prompt)]
 
 

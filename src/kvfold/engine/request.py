@@ -11,6 +11,7 @@ from kvfold.errors import KVFoldError, RequestError
 
 __all__ = [
     "GREEDY_BELOW",
+    "Chat",
     "CompletionOutput",
     "FinishReason",
     "Logprob",
@@ -20,8 +21,25 @@ __all__ = [
     "StreamChunk",
 ]
 
-Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]]
-"""A text, token ids, or chat messages (``{"role": ..., "content": ...}``)."""
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation, and how the chat template writes it."""
+
+    messages: Sequence[Mapping[str, Any]]
+    """``{"role": ..., "content": ...}`` each."""
+    chat_template: str | None = None
+    """A template in the place of the tokenizer's."""
+    add_generation_prompt: bool = True
+    """End with the start of the model's turn."""
+    continue_final_message: bool = False
+    """Leave the last message open: the model goes on with it. Needs ``add_generation_prompt=False``."""
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    """Further variables of the template."""
+
+
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]] | Chat
+"""A text, token ids, chat messages (``{"role": ..., "content": ...}``), or a `Chat`: messages with options."""
 
 FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
 """``stop``: end token, stop token or stop string; ``length``: ``max_tokens`` or the context is full."""

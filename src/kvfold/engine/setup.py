@@ -1,14 +1,16 @@
-"""How much memory an engine's cache gets, and how long its sequences may become."""
+"""What an engine needs to start: how long a sequence may be, how much memory the cache gets, and its scheduler."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from transformers import PreTrainedModel
 
 from kvfold.available import available_memory, check_available
+from kvfold.engine.runner import ModelRunner
+from kvfold.engine.scheduler import Scheduler
 from kvfold.errors import RequestError
 from kvfold.formats import parse_bytes
 from kvfold.geometry import Geometry
@@ -16,7 +18,7 @@ from kvfold.memory.capacity import budget_for
 from kvfold.recipe import Recipe
 from kvfold.spec import group_spec
 
-__all__ = ["asked_budget", "context_of", "default_budget"]
+__all__ = ["asked_budget", "context_length", "default_budget", "make_scheduler"]
 
 _SHARE: Final = 4
 """By default the cache takes at most one part in so many of the memory that is available."""
@@ -34,8 +36,8 @@ def asked_budget(kv_memory: str | int | None, model: PreTrainedModel | str | Pat
     return asked
 
 
-def context_of(geometry: Geometry, max_length: int | None) -> int:
-    """Tokens a sequence may have: ``max_length``, or what the model takes. RequestError for a bad ``max_length``."""
+def context_length(geometry: Geometry, max_length: int | None) -> int:
+    """The most tokens of a sequence: the model's context, or ``max_length``, which must not be longer."""
     if max_length is None:
         return geometry.max_positions
     if not 1 < max_length <= geometry.max_positions:
@@ -46,13 +48,22 @@ def context_of(geometry: Geometry, max_length: int | None) -> int:
     return max_length
 
 
+def make_scheduler(runner: ModelRunner, *, repeatable: bool | None, **options: Any) -> Scheduler:
+    """The scheduler of a runner's cache; ``options``: the others of `Scheduler`."""
+    books, retainer = runner.manager, runner.cache.retainer
+    if repeatable is None:
+        repeatable = any(group.seals for group in books.groups)
+    watches = 0 if retainer is None else retainer.method.watches
+    return Scheduler(books, rule=runner.cache.recipe.rule, watches=watches, repeatable=repeatable, **options)
+
+
 def default_budget(
     model: PreTrainedModel, geometry: Geometry, recipe: Recipe, context: int, chunk: int, max_sequences: int
 ) -> int:
     """Bytes for ``max_sequences`` full contexts, read in steps of ``chunk``, or what may be taken of the memory there
     is.
     """
+    chunk = min(chunk, context)
     share = available_memory(model.device) // _SHARE
     specs = [group_spec(group, recipe=recipe) for group in geometry.groups(recipe, model.dtype.itemsize)]
-    chunk = min(chunk, context)
     return min(share, budget_for(specs, recipe.block_size, length=context, chunk=chunk, sequences=max_sequences))
