@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+import io
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from tests.command import Done
-
-pytestmark = pytest.mark.xfail(strict=True, reason="issue 11, C.12: torch is loaded before arguments are looked at")
+from kvfold.clause import Clause
+from kvfold.cli.methods import method_fields
+from kvfold.cli.progress import PlainLines
+from kvfold.engine.source import Source, find_source
+from kvfold.errors import ModelError
+from kvfold.recipe import known_methods, method_class
+from tests.command import Done, command
 
 _DRIVER = """
 import contextlib, io, json, sys
@@ -49,7 +57,7 @@ BAD: list[tuple[list[str], list[str]]] = [
     ([*GENERATE, "--recipe", "int2:calibrated(no-such.safetensors)"], ["no-such.safetensors", "hint"]),
     ([*GENERATE, "--recipe", "raw+learned(no-such.safetensors,keep=0.5)"], ["no-such.safetensors", "hint"]),
     ([*GENERATE, "--max-tokens", "-3"], ["max_tokens", "-3"]),
-    ([*GENERATE, "--max-tokens", "many"], ["many"]),
+    ([*GENERATE, "--max-tokens", "many"], ["--max-tokens"]),
     ([*GENERATE, "--temperature", "-1"], ["temperature"]),
     ([*GENERATE, "--top-p", "1.5"], ["top_p"]),
     ([*GENERATE, "--top-k", "-2"], ["top_k"]),
@@ -92,7 +100,7 @@ BAD: list[tuple[list[str], list[str]]] = [
     (["eval", "--lm-eval", ",", "--limit", "1"], ["--lm-eval", "hint"]),
     (["eval", "--lm-eval", "gsm8k", "--model", "/no/such/model"], ["/no/such/model"]),
     ([*CALIBRATE, "--text", "no-such-file.txt"], ["no-such-file.txt", "hint"]),
-    ([*CALIBRATE, "--tokens", "0"], ["0"]),
+    ([*CALIBRATE, "--tokens", "0"], ["--tokens"]),
     ([*CALIBRATE, "--model", "/no/such/model"], ["/no/such/model"]),
     (["calibrate", "-o", "{bad}/no/c.safetensors"], ["no folder", "hint"]),
     ([*TRAIN, "--text", "no-such-file.txt"], ["no-such-file.txt", "hint"]),
@@ -110,7 +118,7 @@ BAD: list[tuple[list[str], list[str]]] = [
     ([*DECODE, "--vs", "vllm"], ["vllm", "transformers"]),
     ([*DECODE, "--shape", "tiny", "--model", "bundled"], ["--shape", "only one"]),
     ([*DECODE, "--dtype", "int8"], ["int8", "bfloat16"]),
-    ([*DECODE, "--context", "0"], ["0"]),
+    ([*DECODE, "--context", "0"], ["--context"]),
     ([*DECODE, "--model", "/no/such/model"], ["/no/such/model"]),
     ([*DECODE, "--json", "{bad}/no/result.json"], ["no folder", "hint"]),
     ([*ATTENTION, "--recipes", "raw;int5"], ["int5", "int4"]),
@@ -173,10 +181,79 @@ def test_help_shows_examples_without_torch(runs: dict[str, Done], arguments: lis
     assert "Examples:" in done.stdout
 
 
+@pytest.mark.parametrize(("axis", "base"), [("retention", "RetentionMethod"), ("retrieval", "RetrievalMethod")])
+def test_options_read_off_the_source_are_those_of_the_methods(axis: str, base: str) -> None:
+    kind = getattr(importlib.import_module(f"kvfold.{axis}.method"), base)
+    for name in known_methods(axis):
+        method = method_class(axis, Clause(name), kind)
+        fields = {field.name: str(field.type) for field in dataclasses.fields(method)}
+        assert method_fields(axis, name) == fields
+
+
+@pytest.mark.parametrize("verb", [["generate", "x"], ["eval"], ["demo"], ["bench", "decode"]], ids=" ".join)
+def test_a_hub_that_does_not_answer_is_one_sentence(tmp_path: Path, verb: list[str]) -> None:
+    env = {**blocked(tmp_path), "HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    arguments = [sys.executable, "-m", "kvfold", *verb, "--model", "someone/some-model"]
+    done = subprocess.run(arguments, capture_output=True, text=True, env=env, timeout=60, check=False, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    first, second = done.stderr.splitlines()
+    assert "someone/some-model" in first
+    assert "the hub does not answer" in first
+    assert second.startswith("hint: ")
+
+
+def test_a_hub_that_never_answers_is_waited_for_only_some_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    never = threading.Event()
+    monkeypatch.setattr("kvfold.engine.source._answer", lambda name: str(never.wait(60)))
+    monkeypatch.setattr("kvfold.engine.source._MOST_SECONDS", 0.01)
+    with pytest.raises(ModelError, match="no answer within"):
+        find_source("someone/some-model-that-is-nowhere")
+    never.set()
+
+
+def test_a_cached_model_is_used_without_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: str(tmp_path / "config.json"))
+    monkeypatch.setattr("kvfold.engine.source._answer", lambda name: "no network")
+    assert find_source("someone/some-model") == Source("someone/some-model", offline=True)
+    monkeypatch.setattr("kvfold.engine.source._answer", lambda name: "")
+    assert find_source("someone/some-model") == Source("someone/some-model", offline=False)
+    monkeypatch.setattr("kvfold.engine.source._answer", lambda name: pytest.fail("the hub is asked"))
+    assert find_source("someone/some-model", downloaded=False) == Source("someone/some-model")
+
+
+def test_lines_of_progress_are_few_and_none_is_lost() -> None:
+    now, out = 0.0, io.StringIO()
+    lines = PlainLines(out, clock=lambda: now)
+    lines.update("loading", 0.0)
+    for step in range(1, 101):
+        now = step / 10
+        lines.update(f"unit {step}", step / 1000)
+    assert [line.split("  ")[-1] for line in out.getvalue().splitlines()] == [
+        "loading",
+        "unit 30",
+        "unit 60",
+        "unit 90",
+    ]
+    for second in range(11, 100):
+        now = float(second)
+        lines.tick()
+    said = out.getvalue().splitlines()[4:]
+    assert said[0].endswith("unit 100")
+    assert 3 <= len(said) <= 4
+
+
+def test_a_verb_says_what_it_does_without_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = command(capsys, monkeypatch)("generate", "x", "--max-tokens", "1")
+    assert done.returncode == 0, done.stderr
+    assert "0%  loading" in done.stderr.splitlines()[0]
+
+
 def test_the_package_runs_as_a_module(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "kvfold", "generate", "x", "--recipe", "int5"]
+    arguments = [sys.executable, "-m", "kvfold", "generate", "x", "--recipe", "int5"]
     done = subprocess.run(
-        command, capture_output=True, text=True, env=blocked(tmp_path), timeout=60, check=False, cwd=tmp_path
+        arguments, capture_output=True, text=True, env=blocked(tmp_path), timeout=60, check=False, cwd=tmp_path
     )
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("kvfold: bad recipe 'int5'")

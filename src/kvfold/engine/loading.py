@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from importlib.resources import files
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from kvfold.engine.source import BUNDLED, find_source
 from kvfold.errors import ModelError, UnsupportedError
 from kvfold.geometry import Geometry
 from kvfold.recipe import Recipe
 from kvfold.retention.build import refusals
 
 __all__ = ["BUNDLED", "available_memory", "available_recipes", "check_recipe", "end_tokens", "load", "parse_recipes"]
-
-BUNDLED: Final = "bundled"
-"""The name of the small model that comes with the package."""
 
 _MEMINFO: Final = Path("/proc/meminfo")
 _CGROUP: Final = Path("/sys/fs/cgroup")
@@ -32,12 +29,13 @@ def load(
     """The causal language model and the tokenizer at ``path``: ``"bundled"``, a directory, or a hub id.
 
     ``dtype``: of the weights; None keeps the saved one. ``device``: None takes the GPU if there is one. The model is in
-    evaluation mode. ModelError if there is none, or it cannot be loaded.
+    evaluation mode. ModelError if there is none, or it cannot be loaded; within seconds if the hub does not answer.
     """
-    where = _resolve(path)
+    source = find_source(path)
+    kept: dict[str, Any] = {"local_files_only": True} if source.offline else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype="auto" if dtype is None else dtype)
+        tokenizer = AutoTokenizer.from_pretrained(source.where, **kept)
+        model = AutoModelForCausalLM.from_pretrained(source.where, dtype="auto" if dtype is None else dtype, **kept)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
@@ -49,25 +47,6 @@ def load(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)  # type: ignore[arg-type] # transformers' decorator hides the signature of torch's `to`
     return model.eval(), tokenizer
-
-
-def _resolve(path: str | Path) -> str:
-    """What transformers is to be given: a directory that is there, or a hub id."""
-    if str(path) == BUNDLED:
-        folder = Path(str(files("kvfold").joinpath(BUNDLED)))
-        if not (folder / "config.json").is_file():
-            raise ModelError("the bundled model is missing", why=f"no {folder}", hint="reinstall kvfold")
-        return str(folder)
-    text = str(path)
-    if text and Path(path).is_dir():
-        if not (Path(path) / "config.json").is_file():
-            raise ModelError(f"no model in {str(path)!r}", why="the directory has no config.json")
-        return text
-    if isinstance(path, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or not text:
-        raise ModelError(
-            f"no model at {text!r}", why="no such directory", hint="give a directory, a hub id, or 'bundled'"
-        )
-    return text
 
 
 def parse_recipes(texts: Sequence[str], model: PreTrainedModel) -> dict[str, Recipe]:
