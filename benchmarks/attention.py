@@ -33,8 +33,8 @@ from matplotlib.patheffects import withStroke
 from rich.console import Console
 
 from kvfold.bench.attention import bench_attention
-from kvfold.bench.pages import AttentionShape
 from kvfold.bench.prefix import bench_prefix
+from kvfold.bench.shapes import AttentionShape
 from kvfold.cli.options import parse_recipe_list, write_json
 from kvfold.quality.environment import hardware, versions
 from kvfold.quality.report.palette import LIGHT

@@ -20,7 +20,8 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvfold.cli.options import JsonOption, ModelOption, counted_progress, write_json
+from kvfold.cli.options import JsonOption, ModelOption, write_json
+from kvfold.cli.progress import counted_progress
 from kvfold.engine.loading import load
 from kvfold.engine.runner import ModelRunner, SeqWork
 from kvfold.quality.contestant import SCORED_TOKENS

@@ -17,12 +17,12 @@ from kvfold.bench import attention, decode, pages, rivals
 from kvfold.bench.account import Account, TimedAttention, replaced, shares, timed_linears
 from kvfold.bench.attention import AttentionRow, bench_attention, check
 from kvfold.bench.decode import DecodeRow, bench_decode
-from kvfold.bench.pages import AttentionShape, PagedCodes, draw
+from kvfold.bench.pages import PagedCodes, draw
 from kvfold.bench.prefix import PrefixRow, bench_prefix
-from kvfold.bench.shapes import random_model
+from kvfold.bench.shapes import AttentionShape, random_model
 from kvfold.bench.stream import Stream
 from kvfold.cli import main
-from kvfold.cli.options import parse_names, parse_recipe_list
+from kvfold.cli.options import parse_names, parse_recipe_list, split_recipes
 from kvfold.errors import KVFoldError, RequestError, UnsupportedError
 from kvfold.kernels.pages import PagesCall
 from kvfold.recipe import Recipe
@@ -287,7 +287,7 @@ def test_a_seal_is_spread_over_the_steps_between_two() -> None:
     ],
 )
 def test_recipes_are_separated_by_commas_that_are_not_theirs(text: str, recipes: list[str]) -> None:
-    assert parse_recipe_list(text) == recipes
+    assert split_recipes(text) == recipes
 
 
 @pytest.mark.parametrize("text", ["raw,,int4", "raw;", "int4,scales", "int4,sinks=x,raw", ",raw"])

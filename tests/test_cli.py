@@ -155,7 +155,8 @@ def test_a_report_without_matplotlib_is_refused_before_any_work(
     kvfold: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kvfold.quality.report.canvas.find_spec", lambda name: None)
-    done = kvfold("eval", "--report", str(tmp_path / "report"), "--model", "/no/such/model")
+    monkeypatch.setattr("kvfold.cli.evaluate.start", lambda _: pytest.fail("work has begun"))
+    done = kvfold("eval", "--report", str(tmp_path / "report"))
     assert done.returncode == 2
     assert "kvfold[eval]" in done.stderr
     assert not (tmp_path / "report").exists()

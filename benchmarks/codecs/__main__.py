@@ -14,7 +14,8 @@ import typer
 from benchmarks.command import run_app
 from rich.console import Console
 
-from kvfold.cli.options import JsonOption, ModelOption, counted_progress, write_json
+from kvfold.cli.options import JsonOption, ModelOption, write_json
+from kvfold.cli.progress import counted_progress
 from kvfold.errors import RequestError
 
 if TYPE_CHECKING:

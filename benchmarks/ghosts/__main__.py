@@ -12,7 +12,8 @@ from benchmarks.command import run_app
 from rich.console import Console
 from rich.table import Table
 
-from kvfold.cli.options import JsonOption, ModelOption, counted_progress, write_json
+from kvfold.cli.options import JsonOption, ModelOption, write_json
+from kvfold.cli.progress import counted_progress
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

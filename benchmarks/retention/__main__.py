@@ -11,7 +11,8 @@ import typer
 from benchmarks.command import run_app
 from benchmarks.retention.methods import KEEPS, METHODS, choose, parse_keeps, with_recipes
 
-from kvfold.cli.options import ModelOption, parse_recipe_list, share_progress
+from kvfold.cli.options import ModelOption, parse_recipe_list
+from kvfold.cli.progress import share_progress
 from kvfold.cli.workload import CompressOption, TasksOption, TextOption
 
 if TYPE_CHECKING:

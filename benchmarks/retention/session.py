@@ -16,8 +16,9 @@ from benchmarks.rivals.session import RivalPlan, run_rivals
 from kvfold.cli.options import write_json
 from kvfold.errors import RequestError
 from kvfold.quality.evaluate import Progress
+from kvfold.quality.plans import Plan
 from kvfold.quality.results import Evaluation
-from kvfold.quality.session import Plan, run_session
+from kvfold.quality.session import run_session
 from kvfold.quality.settings import EvalSettings
 
 __all__ = ["SIDES", "Sweep", "SweepPlan", "read_evaluation", "run_sweep"]

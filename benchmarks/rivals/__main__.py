@@ -13,7 +13,8 @@ import typer
 from benchmarks.command import run_app
 from benchmarks.rivals.catalog import check_installed, parse_rivals
 
-from kvfold.cli.options import JsonOption, ModelOption, parse_recipe_list, share_progress, write_json
+from kvfold.cli.options import JsonOption, ModelOption, parse_recipe_list, write_json
+from kvfold.cli.progress import share_progress
 from kvfold.cli.workload import (
     CompressOption,
     ContextOption,
@@ -112,7 +113,7 @@ def _settings(quick: bool, given: dict[str, Any]) -> EvalSettings:
     """What `kvfold eval` makes of the same options."""
     from dataclasses import replace
 
-    from kvfold.quality.session import QUICK
+    from kvfold.quality.plans import QUICK
     from kvfold.quality.settings import EvalSettings
 
     return replace(

@@ -11,8 +11,9 @@ from benchmarks.rivals.catalog import PACKAGES, REFERENCE, check_installed, make
 from kvfold.engine.loading import end_tokens, load
 from kvfold.quality.evaluate import Progress, check_length
 from kvfold.quality.journal import journal_of
+from kvfold.quality.plans import Plan, Run
 from kvfold.quality.results import Evaluation
-from kvfold.quality.session import Plan, Run, blank, measure, run_session
+from kvfold.quality.session import blank, measure, run_session
 from kvfold.quality.workload import build_workload
 
 __all__ = ["RivalPlan", "run_rivals", "run_table"]

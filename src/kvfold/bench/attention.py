@@ -17,8 +17,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kvfold.bench.pages import UNPACKS, AttentionShape, PagedCodes, draw, exact
+from kvfold.bench.pages import UNPACKS, PagedCodes, draw, exact
 from kvfold.bench.rivals import STOCK, DenseCache, Rival, rivals
+from kvfold.bench.shapes import AttentionShape
 from kvfold.bench.stream import Stream, wait_for
 from kvfold.errors import KVFoldError, RequestError
 from kvfold.kernels.merge import Piece

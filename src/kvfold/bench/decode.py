@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from kvfold.bench.account import Account, Shares, TimedAttention, replaced, shares, timed_linears
+from kvfold.bench.shapes import FILL_TOKENS, check_rivals
 from kvfold.bench.stream import Stream, wait_for
 from kvfold.cache import SequenceWork, Step
 from kvfold.engine.loading import parse_recipes
@@ -28,11 +29,7 @@ from kvfold.formats import sealed_until
 from kvfold.geometry import Geometry
 from kvfold.recipe import Recipe
 
-__all__ = ["FILL_TOKENS", "RIVALS", "DecodeRow", "bench_decode", "spare_positions"]
-
-RIVALS = ("transformers",)
-FILL_TOKENS = 1024
-"""Tokens of every sequence that are filled in at a time."""
+__all__ = ["DecodeRow", "bench_decode", "spare_positions"]
 
 _GATE = 0.25  # of the logits' standard deviation, as at load
 _FEWEST = 5
@@ -223,9 +220,7 @@ def bench_decode(
     recipe, KVFoldError if the correctness gate fails.
     """
     parsed = parse_recipes(["raw", *recipes], model)
-    unknown = [rival for rival in rivals if rival not in RIVALS]
-    if unknown:
-        raise RequestError(f"unknown rival {unknown[0]!r}", hint="known: " + ", ".join(RIVALS))
+    check_rivals(rivals)
     limit = Geometry.from_config(model.config).max_positions
     if context + steps + spare_positions(list(parsed.values())) > limit:
         raise RequestError(

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kvfold.bench.shapes import AttentionShape
 from kvfold.calibration import Calibration, Side
 from kvfold.codecs.calibrated import calibrated_bases
 from kvfold.codecs.pages import ArenaMemory, PageStore
 from kvfold.codecs.rotation import Basis
-from kvfold.errors import RequestError, UnsupportedError
+from kvfold.errors import UnsupportedError
 from kvfold.formats import BandFormat, PageFormat, VectorFormat
 from kvfold.kernels import cpu
 from kvfold.kernels.catalog import full_registry
@@ -28,7 +29,7 @@ from kvfold.kernels.pages import HIDDEN, PagesCall
 from kvfold.kernels.reference import attend
 from kvfold.recipe import Recipe
 
-__all__ = ["UNPACKS", "AttentionShape", "Drawn", "PagedCodes", "draw", "exact", "layers_for"]
+__all__ = ["UNPACKS", "Drawn", "PagedCodes", "draw", "exact", "layers_for"]
 
 UNPACKS = "unpack"
 """The variant that reads no codes as they are: torch unpacks them, to the dtype of the store."""
@@ -36,53 +37,6 @@ UNPACKS = "unpack"
 _SWEEP_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 _MOST_LAYERS = 32
 _SHARPEST = 4.0  # standard deviation of the scores in the last row of a group; 1 in the first
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionShape:
-    """One layer's decode attention: ``batch`` sequences of ``context`` tokens, ``group`` query heads a KV head.
-
-    With ``rope`` the pages are latent: one key of ``head_dim + rope`` dims for all heads, its first part the value.
-    """
-
-    context: int = 32768
-    batch: int = 1
-    head_dim: int = 128
-    group: int = 4
-    kv_heads: int = 8
-    rope: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("context", "batch", "head_dim", "group", "kv_heads"):
-            if getattr(self, name) < 1:
-                raise RequestError(f"{name}={getattr(self, name)}", why="it must be at least 1")
-        if self.rope < 0 or (self.rope and self.kv_heads > 1):
-            raise RequestError(f"rope={self.rope}", why="latent pages have one KV head", hint="set --kv-heads 1")
-
-    @property
-    def query_dim(self) -> int:
-        """Dims of a query, and of the keys it meets."""
-        return self.head_dim + self.rope
-
-    @property
-    def scale(self) -> float:
-        """What scores are multiplied by."""
-        return float(self.query_dim**-0.5)
-
-    @property
-    def stored_dims(self) -> tuple[int, int]:
-        """What is stored of a token: dims of a key and of a value, or of a latent and its rotary key."""
-        return self.head_dim, self.rope or self.head_dim
-
-    @property
-    def bf16_bytes(self) -> int:
-        """What any kernel has to read that keeps keys and values in bfloat16."""
-        return 2 * self.batch * self.kv_heads * self.context * sum(self.stored_dims)
-
-    @property
-    def flops(self) -> int:
-        """Multiplications and additions of the two products."""
-        return 2 * self.batch * self.kv_heads * self.group * self.context * (self.query_dim + self.head_dim)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from kvfold.bench.attention import check, rounds
-from kvfold.bench.pages import UNPACKS, AttentionShape, PagedCodes, draw
+from kvfold.bench.pages import UNPACKS, PagedCodes, draw
+from kvfold.bench.shapes import AttentionShape
 from kvfold.errors import KVFoldError
 from kvfold.kernels.merge import Piece
 from kvfold.kernels.pages import PagesCall

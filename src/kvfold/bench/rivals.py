@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from kvfold.bench.pages import AttentionShape, Drawn, layers_for
+from kvfold.bench.pages import Drawn, layers_for
+from kvfold.bench.shapes import AttentionShape
 
 __all__ = ["STOCK", "DenseCache", "Rival", "rivals"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from typing import Annotated
 
@@ -10,20 +9,26 @@ import typer
 
 from kvfold import __version__
 from kvfold.cli import bench, calibrate, demo, doctor, evaluate, generate, profile, train_retention
+from kvfold.cli.start import log_to_stderr
 from kvfold.errors import KVFoldError
-from kvfold.telemetry import Settings, calm_openmp
+from kvfold.telemetry import calm_openmp
 
 __all__ = ["app", "main"]
+
+_EXAMPLES = "Examples:  kvfold demo   |   kvfold generate 'def add(a, b):' --recipe int4   |   kvfold eval --quick"
 
 app = typer.Typer(
     name="kvfold",
     help="A KV-cache runtime for LLM inference: paged, packed, shared; honest bytes beside measured quality.",
     no_args_is_help=True,
+    epilog=_EXAMPLES,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-bench_app = typer.Typer(help="Speed, as a ratio against a named rival in the same run.", no_args_is_help=True)
+bench_app = typer.Typer(
+    help="Speed, as a ratio against a named rival in the same run.", no_args_is_help=True, epilog=bench.EXAMPLES
+)
 app.command(epilog=demo.EXAMPLES)(demo.demo)
 app.command(epilog=generate.EXAMPLES)(generate.generate)
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
@@ -48,15 +53,7 @@ def _global(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    import torch
-    from transformers.utils import logging as transformers_logging
-
-    settings = Settings.from_env()
-    logging.basicConfig(level=settings.log.upper(), format="%(message)s", stream=sys.stderr, force=True)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    log_to_stderr()
 
 
 def main() -> None:

@@ -10,14 +10,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from kvfold.cli.options import JsonOption, counted_progress, parse_names, parse_recipe_list, write_json
+from kvfold.bench.shapes import FILL_TOKENS, AttentionShape, check_rivals, check_shape
+from kvfold.cli.options import (
+    JsonOption,
+    OtherModelOption,
+    check_dtype_option,
+    parse_names,
+    parse_recipe_list,
+    write_json,
+)
+from kvfold.cli.progress import counted_progress
+from kvfold.cli.start import start
 from kvfold.errors import RequestError
+from kvfold.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ATTENTION_EXAMPLES", "DECODE_EXAMPLES", "bench_attention_command", "bench_decode_command"]
+__all__ = ["ATTENTION_EXAMPLES", "DECODE_EXAMPLES", "EXAMPLES", "bench_attention_command", "bench_decode_command"]
 
+EXAMPLES = "Examples:  kvfold bench decode --vs transformers   |   kvfold bench attention --context 4096"
 DECODE_EXAMPLES = (
     "Examples:  kvfold bench decode --context 4096 --batch 4 --vs transformers   |   "
     "kvfold bench decode --shape llama-3.2-1b --context 16384 --batch 8 --recipes raw,int4 --json -"
@@ -30,40 +42,44 @@ ATTENTION_EXAMPLES = (
 )
 
 RecipesOption = Annotated[str, typer.Option(help="Recipes, separated by ',' or ';'.")]
-DtypeOption = Annotated[str, typer.Option(help="The model's: bfloat16, float16 or float32.")]
+DtypeOption = Annotated[
+    str, typer.Option(callback=check_dtype_option, help="bfloat16, float16 or float32, for what is drawn at random.")
+]
 
 
 def bench_decode_command(
     shape: Annotated[str | None, typer.Option(help="A named shape with random weights, e.g. llama-3.2-1b.")] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="A real model instead: 'bundled', a directory, a hub id.")
-    ] = None,
+    model: OtherModelOption = None,
     recipes: RecipesOption = "raw,int8,int4,int2",
     context: Annotated[int, typer.Option(min=1, help="Tokens already in each sequence.")] = 2048,
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps at most; the median counts.")] = 16,
     vs: Annotated[str | None, typer.Option(help="Rivals in the same run, separated by ',': transformers.")] = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32, for random weights.")] = "bfloat16",
+    dtype: DtypeOption = "bfloat16",
     seed: Annotated[int, typer.Option(help="Weights, cache contents and tokens.")] = 0,
     json_file: JsonOption = None,
 ) -> None:
     """Time whole decode steps over synthetically filled caches, after a correctness gate, beside the speed of memory,
     and say which parts take the time.
     """
-    from kvfold.bench.decode import FILL_TOKENS, bench_decode, spare_positions
-    from kvfold.bench.shapes import random_model
-    from kvfold.engine.loading import load
-    from kvfold.recipe import Recipe
-    from kvfold.report import bench_report
-
     if (shape is not None) and (model is not None):
         raise RequestError("--shape and --model", why="one of them names the model", hint="give only one")
+    if shape is not None:
+        check_shape(shape)
+    rivals = parse_names(vs) if vs else []
+    check_rivals(rivals)
     chosen = parse_recipe_list(recipes)
-    number = _dtype(dtype)
-    positions = context + steps + spare_positions([Recipe.parse(recipe) for recipe in chosen])
+    parsed = [Recipe.parse(recipe) for recipe in chosen]
     with counted_progress(-(-context // FILL_TOKENS) + steps + len(chosen) + 2) as say:
+        start(parsed)
+        from kvfold.bench.decode import bench_decode, spare_positions
+        from kvfold.bench.shapes import random_model
+        from kvfold.engine.loading import load
+        from kvfold.report import bench_report
+
         if shape is not None:
-            loaded = random_model(shape, dtype=number, max_positions=positions, seed=seed)
+            positions = context + steps + spare_positions(parsed)
+            loaded = random_model(shape, dtype=_dtype(dtype), max_positions=positions, seed=seed)
         else:
             loaded, _ = load(model or "bundled")
         rows = bench_decode(
@@ -72,7 +88,7 @@ def bench_decode_command(
             context=context,
             batch=batch,
             steps=steps,
-            rivals=parse_names(vs) if vs else [],
+            rivals=rivals,
             seed=seed,
             say=say,
         )
@@ -103,20 +119,20 @@ def bench_attention_command(
     """Time decode attention alone, one layer after the other, against SDPA and matmul in bfloat16, after a correctness
     gate and beside the speed of memory. On the GPU if there is one.
     """
-    import torch
-
-    from kvfold.bench.attention import bench_attention
-    from kvfold.bench.pages import AttentionShape
-    from kvfold.bench.prefix import bench_prefix
-    from kvfold.report import attention_report, prefix_report
-
     chosen = parse_recipe_list(recipes)
     shape = AttentionShape(context=context, batch=batch, head_dim=head_dim, group=group, kv_heads=kv_heads, rope=rope)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings: dict[str, Any] = {"dtype": _dtype(dtype), "repeats": repeats, "seconds": seconds, "seed": seed}
-    bench: Callable[..., Sequence[Any]] = bench_prefix if shared_prefix else bench_attention
-    report: Callable[..., None] = prefix_report if shared_prefix else attention_report
     with counted_progress(len(chosen) + 1 + repeats) as say:
+        start(Recipe.parse(recipe) for recipe in chosen)
+        import torch
+
+        from kvfold.bench.attention import bench_attention
+        from kvfold.bench.prefix import bench_prefix
+        from kvfold.report import attention_report, prefix_report
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        settings: dict[str, Any] = {"dtype": _dtype(dtype), "repeats": repeats, "seconds": seconds, "seed": seed}
+        bench: Callable[..., Sequence[Any]] = bench_prefix if shared_prefix else bench_attention
+        report: Callable[..., None] = prefix_report if shared_prefix else attention_report
         rows = bench(shape, recipes=chosen, device=device, say=say, **settings)
     if json_file != "-":
         report(Console(), rows)
@@ -126,10 +142,8 @@ def bench_attention_command(
 def _dtype(name: str) -> torch.dtype:
     import torch
 
-    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    if name not in known:
-        raise RequestError(f"unknown dtype {name!r}", hint="known: " + ", ".join(known))
-    return known[name]
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def _write(json_file: str | None, rows: Sequence[Any], device: torch.device) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from kvfold.cli.options import JsonOption, ModelOption, check_target, counted_progress, write_json
+from kvfold.cli.options import CorpusOption, JsonOption, ModelOption, OutputOption, write_json
+from kvfold.cli.progress import counted_progress
+from kvfold.cli.start import start
+from kvfold.quality.tasks import read_text
 
 __all__ = ["EXAMPLES", "calibrate_command"]
 
@@ -19,16 +21,10 @@ EXAMPLES = (
 )
 
 
-def _output(file: Path) -> Path:
-    return check_target("--output", file)
-
-
 def calibrate_command(
-    output: Annotated[Path, typer.Option("--output", "-o", callback=_output, help="The file to write.")],
+    output: OutputOption,
     model: ModelOption = "bundled",
-    text: Annotated[
-        Path | None, typer.Option("--text", help="Text like the one to be served; without: Python's own, and lookups.")
-    ] = None,
+    text: CorpusOption = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to calibrate on.")] = 32_768,
     length: Annotated[int, typer.Option(min=16, help="Tokens of a passage: as long as contexts will be.")] = 4096,
     seed: Annotated[int, typer.Option(help="Which passages, and the draws.")] = 0,
@@ -38,19 +34,20 @@ def calibrate_command(
 
     Keys of other positions lie in other directions, so passages should be as long as the contexts to be served.
     """
-    import torch
-
-    from kvfold.engine.loading import load
-    from kvfold.geometry import Geometry
-    from kvfold.quality.calibrate import calibrate, calibration_passages
-    from kvfold.quality.workload import read_text
-    from kvfold.report import calibration_report
-
     wanted = None if text is None else read_text(text)
-    loaded, tokenizer = load(model, dtype=torch.float32)
-    length = min(length, Geometry.from_config(loaded.config).max_positions)
-    passages = calibration_passages(tokenizer, text=wanted, tokens=tokens, length=length, seed=seed)
-    with counted_progress(len(passages) + 1) as say:
+    with counted_progress() as say:
+        start()
+        import torch
+
+        from kvfold.engine.loading import load
+        from kvfold.geometry import Geometry
+        from kvfold.quality.calibrate import calibrate, calibration_passages
+        from kvfold.report import calibration_report
+
+        loaded, tokenizer = load(model, dtype=torch.float32)
+        length = min(length, Geometry.from_config(loaded.config).max_positions)
+        passages = calibration_passages(tokenizer, text=wanted, tokens=tokens, length=length, seed=seed)
+        say.steps = len(passages) + 1
         report = calibrate(loaded, passages, output, seed=seed, progress=say)
     if json_file != "-":
         calibration_report(Console(), report)

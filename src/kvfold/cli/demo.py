@@ -7,7 +7,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from kvfold.cli.options import JsonOption, ModelOption, counted_progress, parse_recipe_list, write_json
+from kvfold.cli.options import JsonOption, ModelOption, parse_recipe_list, write_json
+from kvfold.cli.progress import counted_progress
+from kvfold.cli.start import start
+from kvfold.recipe import Recipe
 
 __all__ = ["EXAMPLES", "demo"]
 
@@ -25,13 +28,15 @@ def demo(
     """Answer questions about a long real document from a full and from folded caches, bytes, speed and quality side by
     side.
     """
-    from kvfold.engine.loading import load
-    from kvfold.quality.demo import DEMO_RECIPES, run_demo
-    from kvfold.report import demo_report
+    chosen = None if recipes is None else parse_recipe_list(recipes)
+    with counted_progress() as say:
+        start(map(Recipe.parse, chosen or []))
+        from kvfold.engine.loading import load
+        from kvfold.quality.demo import DEMO_RECIPES, run_demo
+        from kvfold.report import demo_report
 
-    chosen = parse_recipe_list(recipes) if recipes else None
-    loaded, tokenizer = load(model)
-    with counted_progress(2 * len({"raw", *(chosen or DEMO_RECIPES)})) as say:
+        say.steps = 2 * len({"raw", *(chosen or DEMO_RECIPES)})
+        loaded, tokenizer = load(model)
         document, rows = run_demo(loaded, tokenizer, recipes=chosen, target_tokens=tokens, seed=seed, say=say)
     if json_file != "-":
         demo_report(Console(), document, rows, answers=answers)

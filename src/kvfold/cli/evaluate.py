@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -22,7 +22,9 @@ from kvfold.cli.lm_eval import (
     LmEvalShotsOption,
     run_harness,
 )
-from kvfold.cli.options import JsonOption, ModelOption, parse_recipe_list, share_progress, write_json
+from kvfold.cli.options import JsonOption, ModelOption, check_dtype_option, parse_recipe_list, write_json
+from kvfold.cli.progress import share_progress
+from kvfold.cli.start import start
 from kvfold.cli.workload import (
     CompressOption,
     ContextOption,
@@ -36,9 +38,10 @@ from kvfold.cli.workload import (
     WindowsOption,
 )
 from kvfold.errors import RequestError
-
-if TYPE_CHECKING:
-    from kvfold.quality.session import Plan
+from kvfold.quality.plans import EVAL_RECIPES, QUICK, QUICK_RECIPES, Plan
+from kvfold.quality.results import Evaluation
+from kvfold.quality.settings import EvalSettings, parse_depths, parse_tasks
+from kvfold.recipe import Recipe
 
 __all__ = ["EXAMPLES", "evaluate"]
 
@@ -61,7 +64,10 @@ def evaluate(
     generation_tokens: GenerationTokensOption = None,
     generations: GenerationsOption = None,
     compress: CompressOption = "prompt",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16; the saved one without.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(callback=check_dtype_option, help="float32, bfloat16, float16; the saved one without."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Which passages and questions.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer recipes, samples and tokens.")] = False,
     json_file: JsonOption = None,
@@ -77,8 +83,6 @@ def evaluate(
     limit: LimitOption = None,
 ) -> None:
     """Measure what recipes cost in quality: tasks, text and long generation, each beside the full cache."""
-    from kvfold.quality.settings import parse_depths, parse_tasks
-
     chosen = None if recipes is None else parse_recipe_list(recipes)
     harness = Harness(tasks=lm_eval, path=lm_eval_path, chat=lm_eval_chat, shots=lm_eval_shots, limit=limit)
     if harness.tasks is not None:
@@ -99,6 +103,8 @@ def evaluate(
         "seed": seed,
     }
     _check_report(report)
+    for file in merge or []:
+        Evaluation.read(file)
     _run(_plan(model, dtype, chosen, given, quick, json_file, resume, merge or []), json_file, report)
 
 
@@ -113,9 +119,6 @@ def _plan(
     merge: Sequence[Path],
 ) -> Plan:
     """What is asked for; ``given`` are settings, those of None as they are by default."""
-    from kvfold.quality.session import EVAL_RECIPES, QUICK, QUICK_RECIPES, Plan
-    from kvfold.quality.settings import EvalSettings
-
     changes = {name: value for name, value in given.items() if value is not None}
     return Plan(
         model=model,
@@ -131,11 +134,12 @@ def _plan(
 
 
 def _run(plan: Plan, json_file: str | None, report: Path | None) -> None:
-    from kvfold.quality.session import run_session
-    from kvfold.report import eval_report
-
     try:
         with share_progress() as progress:
+            start(map(Recipe.parse, plan.recipes or []))
+            from kvfold.quality.session import run_session
+            from kvfold.report import eval_report
+
             result = run_session(plan, progress=progress, save=lambda found: write_json(json_file, found.as_json()))
     except KeyboardInterrupt:
         if plan.result is not None:

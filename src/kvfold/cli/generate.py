@@ -9,8 +9,14 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from kvfold.cli.methods import check_recipe
 from kvfold.cli.options import JsonOption, ModelOption, write_json
-from kvfold.errors import RequestError
+from kvfold.cli.progress import counted_progress
+from kvfold.cli.start import start
+from kvfold.engine.request import SamplingParams
+from kvfold.errors import BudgetError, RequestError
+from kvfold.formats import parse_bytes
+from kvfold.quality.tasks import read_text
 
 __all__ = ["EXAMPLES", "generate"]
 
@@ -20,12 +26,18 @@ EXAMPLES = (
 )
 
 
+def _size(text: str | None) -> str | None:
+    if text is not None and parse_bytes(text) < 1:
+        raise BudgetError(f"--kv-memory {text}", why="a cache needs memory", hint="write 2GiB or 512MiB")
+    return text
+
+
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The prompt; '-' or nothing reads stdin.")] = None,
     file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")] = None,
     model: ModelOption = "bundled",
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="raw, int8, int4, int2, k8v4,recent=128, ...")] = "raw",
-    kv_memory: Annotated[str | None, typer.Option(help="Hard budget for the cache, e.g. 2GiB.")] = None,
+    kv_memory: Annotated[str | None, typer.Option(callback=_size, help="Hard budget for the cache, e.g. 2GiB.")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="Tokens to generate at most.")] = 128,
     temperature: Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
@@ -36,12 +48,16 @@ def generate(
     json_file: JsonOption = None,
 ) -> None:
     """Generate from a prompt (argument, file or stdin) and stream the text to stdout."""
-    from kvfold.engine import Engine, SamplingParams
-    from kvfold.report import stats_report
-
-    text = _prompt(prompt, file)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    with Engine(model, recipe=recipe, kv_memory=kv_memory) as engine:
+    wanted = check_recipe(recipe)
+    text = _prompt(prompt, file)
+    with counted_progress():
+        start([wanted])
+        from kvfold.engine import Engine
+        from kvfold.report import stats_report
+
+        made = Engine(model, recipe=recipe, kv_memory=kv_memory)
+    with made as engine:
         print(engine.capacity_report(), file=sys.stderr)
         asked: Any = [{"role": "user", "content": text}] if chat else text
         final = None
@@ -74,12 +90,7 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None and prompt != "-" and file is not None:
         raise RequestError("a prompt and --file", why="one of them is the prompt", hint="give only one")
     if file is not None:
-        if not file.is_file():
-            raise RequestError(f"prompt file {file}", why="no such file")
-        try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise RequestError(f"prompt file {file}", why="it is not UTF-8", hint="give a plain text file") from error
+        return read_text(file)
     if prompt is not None and prompt != "-":
         return prompt
     if sys.stdin.isatty():

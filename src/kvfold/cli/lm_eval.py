@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from kvfold.cli.options import counted_progress, write_json
-from kvfold.errors import RequestError
+from kvfold.cli.options import write_json
+from kvfold.cli.progress import counted_progress
+from kvfold.cli.start import start
+from kvfold.errors import RequestError, UnsupportedError
+from kvfold.recipe import Recipe
 
 __all__ = [
     "Harness",
@@ -46,6 +50,16 @@ class Harness:
     def __post_init__(self) -> None:
         if self.tasks is None and (self.path, self.chat, self.shots, self.limit) != (None, False, None, None):
             raise RequestError("an option of --lm-eval without it", hint="name the harness' tasks: --lm-eval gsm8k")
+        if self.tasks is not None and not self.names:
+            raise RequestError(f"--lm-eval {self.tasks!r}", why="no task is named", hint="gsm8k, for one")
+        if self.path is not None and not self.path.is_dir():
+            hint = "name a folder with tasks in YAML"
+            raise RequestError(f"--lm-eval-path {self.path}", why="no such folder", hint=hint)
+
+    @property
+    def names(self) -> list[str]:
+        """The tasks, or patterns of tasks."""
+        return [name.strip() for name in (self.tasks or "").split(",") if name.strip()]
 
 
 def run_harness(
@@ -63,15 +77,19 @@ def run_harness(
     """
     if report is not None:
         raise RequestError("--report with --lm-eval", why="the page shows kvfold's own tasks", hint="use --json FILE")
-    from kvfold.quality.lm_harness import run_lm_eval
-    from kvfold.report import lm_eval_report
-
+    if find_spec("lm_eval") is None:
+        hint = "pip install 'kvfold[lm-eval]'"
+        raise UnsupportedError("--lm-eval", why="EleutherAI's harness (lm_eval) is not installed", hint=hint)
     chosen = list(dict.fromkeys(["raw", *recipes]))
     with counted_progress(1 + len(chosen)) as say:
+        start(map(Recipe.parse, chosen))
+        from kvfold.quality.lm_harness import run_lm_eval
+        from kvfold.report import lm_eval_report
+
         outcome = run_lm_eval(
             model,
             chosen,
-            [name.strip() for name in (harness.tasks or "").split(",") if name.strip()],
+            harness.names,
             limit=harness.limit,
             num_fewshot=harness.shots,
             include_path=harness.path,

@@ -1,35 +1,37 @@
-"""What the verbs share: options, the checks that come before any work, progress, and writing a result."""
+"""What the verbs share: options, the checks that come before torch is loaded, and writing a result."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+from kvfold.cli.methods import check_recipe
+from kvfold.engine.source import find_source
 from kvfold.errors import RequestError
-from kvfold.recipe import Recipe
+from kvfold.quality.plans import check_dtype
+from kvfold.quality.tasks import read_text
 
 __all__ = [
+    "CorpusOption",
     "JsonOption",
     "ModelOption",
+    "OtherModelOption",
+    "OutputOption",
+    "check_dtype_option",
     "check_target",
-    "counted_progress",
+    "check_text",
     "parse_names",
     "parse_recipe_list",
-    "share_progress",
+    "split_recipes",
     "write_json",
 ]
 
 _OPTION_FOLLOWS = re.compile(r"\s*\w+\s*=")
-_ESTIMATE_SECONDS = 3600.0  # units of work differ in length, so that only a long look back tells the speed
 
 
 def check_target(option: str, file: Path, hint: str = "name a file in a folder that exists") -> Path:
@@ -57,11 +59,58 @@ JsonOption = Annotated[
     str | None,
     typer.Option("--json", metavar="FILE", callback=_json_target, help="Write the result as JSON; '-' for stdout."),
 ]
-ModelOption = Annotated[str, typer.Option("--model", "-m", help="'bundled', a directory, or a hub id.")]
+
+
+def _model(name: str | None) -> str | None:
+    if name is not None:
+        find_source(name, downloaded=False)
+    return name
+
+
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", callback=_model, help="'bundled', a directory, or a hub id.")
+]
+OtherModelOption = Annotated[
+    str | None,
+    typer.Option("--model", "-m", callback=_model, help="A real model instead: 'bundled', a directory, a hub id."),
+]
+
+
+def check_dtype_option(name: str | None) -> str | None:
+    """``name``, which is the name of a dtype or None; RequestError otherwise."""
+    return None if name is None else check_dtype(name)
+
+
+def check_text(file: Path | None) -> Path | None:
+    """``file``, which can be read as a text, or None; RequestError otherwise."""
+    if file is not None:
+        read_text(file)
+    return file
+
+
+CorpusOption = Annotated[
+    Path | None,
+    typer.Option(callback=check_text, help="A UTF-8 text like those to be served; without one, Python's own."),
+]
+
+
+def _output(file: Path) -> Path:
+    return check_target("--output", file)
+
+
+OutputOption = Annotated[Path, typer.Option("--output", "-o", callback=_output, help="The file to write.")]
 
 
 def parse_recipe_list(text: str) -> list[str]:
-    """The recipes of an option, each of them legal; found out before a model is loaded.
+    """The recipes of an option, each of them legal; found out before torch is loaded."""
+    recipes = split_recipes(text)
+    for recipe in recipes:
+        check_recipe(recipe)
+    return recipes
+
+
+def split_recipes(text: str) -> list[str]:
+    """The texts of the recipes of an option.
 
     They are separated by ``;``, or by commas: those in brackets, and those before ``option=value``, belong to a recipe.
     """
@@ -70,45 +119,12 @@ def parse_recipe_list(text: str) -> list[str]:
         depth += (sign == "(") - (sign == ")")
         between = depth <= 0 and (sign == ";" or (sign == "," and not _OPTION_FOLLOWS.match(text, at + 1)))
         recipes[-1:] = [recipes[-1], ""] if between else [recipes[-1] + sign]
-    recipes = [recipe.strip() for recipe in recipes]
-    for recipe in recipes:
-        Recipe.parse(recipe)
-    return recipes
+    return [recipe.strip() for recipe in recipes]
 
 
 def parse_names(text: str) -> list[str]:
     """Names in a list separated by ``;`` or ``,``."""
     return [name.strip() for name in re.split("[;,]", text)]
-
-
-@contextmanager
-def _bar(total: float) -> Iterator[tuple[Progress, Any]]:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, speed_estimate_period=_ESTIMATE_SECONDS) as progress:
-        yield progress, progress.add_task("loading", total=total)
-
-
-@contextmanager
-def counted_progress(steps: int) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr if that is a terminal; the function it gives says what begins and counts one of ``steps``."""
-    with _bar(steps + 1) as (progress, task):
-
-        def say(what: str) -> None:
-            progress.update(task, advance=1, description=what)
-
-        yield say
-
-
-@contextmanager
-def share_progress() -> Iterator[Callable[[str, float], None]]:
-    """The same for work that knows which share of it is done."""
-    with _bar(1.0) as (progress, task):
-
-        def say(what: str, share: float) -> None:
-            progress.update(task, completed=share, description=what)
-
-        yield say
 
 
 def write_json(file: str | None, data: Any) -> None:

@@ -10,7 +10,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from kvfold.cli.options import JsonOption, ModelOption, check_target, share_progress, write_json
+from kvfold.cli.methods import check_recipe
+from kvfold.cli.options import CorpusOption, JsonOption, ModelOption, check_target, write_json
+from kvfold.cli.progress import share_progress
+from kvfold.cli.start import start
+from kvfold.quality.settings import check_profile_context
 
 __all__ = ["EXAMPLES", "profile"]
 
@@ -30,9 +34,7 @@ def _gates(file: Path | None) -> Path | None:
 
 def profile(
     model: ModelOption = "bundled",
-    text: Annotated[
-        Path | None, typer.Option(help="A UTF-8 text; without one, sources of Python's standard library.")
-    ] = None,
+    text: CorpusOption = None,
     context: Annotated[
         int | None, typer.Option(help="Tokens of a passage of the text, and of the texts to look things up in. [2048]")
     ] = None,
@@ -52,26 +54,28 @@ def profile(
     json_file: JsonOption = None,
 ) -> None:
     """See where a model's attention goes: distances, sinks, retrieval heads, budgets per head, and a recipe to try."""
-    from kvfold.quality.profile import Plan, run_profile
     from kvfold.quality.report import require_matplotlib
-    from kvfold.recipe import Recipe
-    from kvfold.report import profile_report
 
-    Recipe.parse(recipe)
+    wanted = check_recipe(recipe)
+    if context is not None:
+        check_profile_context(context, wanted.sinks + wanted.recent)
     if page:
         require_matplotlib()
-    command = shlex.join(["kvfold", *sys.argv[1:]])
-    plan = Plan(
-        model=model,
-        command=command,
-        text=text,
-        context=context,
-        tokens=tokens,
-        recipe=recipe,
-        seed=seed,
-        gates=gates is not None,
-    )
     with share_progress() as progress:
+        start([wanted])
+        from kvfold.quality.profile import Plan, run_profile
+        from kvfold.report import profile_report
+
+        plan = Plan(
+            model=model,
+            command=shlex.join(["kvfold", *sys.argv[1:]]),
+            text=text,
+            context=context,
+            tokens=tokens,
+            recipe=recipe,
+            seed=seed,
+            gates=gates is not None,
+        )
         found = run_profile(plan, progress)
         if page:
             from kvfold.quality.profile.page import write_page

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from kvfold.cli.options import JsonOption, ModelOption, check_target, counted_progress, write_json
+from kvfold.cli.options import CorpusOption, JsonOption, ModelOption, OutputOption, write_json
+from kvfold.cli.progress import counted_progress
+from kvfold.cli.start import start
+from kvfold.quality.tasks import read_text
 
 __all__ = ["EXAMPLES", "train_retention_command"]
 
@@ -19,16 +21,10 @@ EXAMPLES = (
 )
 
 
-def _output(file: Path) -> Path:
-    return check_target("--output", file)
-
-
 def train_retention_command(
-    output: Annotated[Path, typer.Option("--output", "-o", callback=_output, help="The file to write.")],
+    output: OutputOption,
     model: ModelOption = "bundled",
-    text: Annotated[
-        Path | None, typer.Option("--text", help="Text like the one to be served; without: Python's own, and lookups.")
-    ] = None,
+    text: CorpusOption = None,
     tokens: Annotated[int, typer.Option(min=64, help="Tokens to learn from.")] = 131_072,
     length: Annotated[
         int, typer.Option(min=32, help="Tokens of a passage; half of the model's positions at most.")
@@ -39,26 +35,26 @@ def train_retention_command(
 ) -> None:
     """Train the scorer of the 'learned' retention method: which tokens to keep, read off their hidden states.
 
-    The model repeats passages to itself, as KVzip does, and a small map for each layer learns to foretell what it looks
+    The model repeats passages to itself, as KVzip does, and a small map for each layer learns to predict what it looks
     at.
     """
-    import torch
-
-    from kvfold.engine.loading import load
-    from kvfold.geometry import Geometry
-    from kvfold.quality.train_retention import train_retention, training_passages
-    from kvfold.quality.workload import read_text
-    from kvfold.replay import INSTRUCTION
-    from kvfold.report import training_report
-
     wanted = None if text is None else read_text(text)
-    loaded, tokenizer = load(model, dtype=torch.float32)
-    geometry = Geometry.from_config(loaded.config)
-    length = min(length, geometry.max_positions // 2)
-    passages = training_passages(tokenizer, text=wanted, tokens=tokens, length=length, seed=seed)
-    instruction = tokenizer.encode(INSTRUCTION, add_special_tokens=False)
-    layers = sum(layer.stores and layer.window is None for layer in geometry.layers)
-    with counted_progress(len(passages) + layers) as say:
+    with counted_progress() as say:
+        start()
+        import torch
+
+        from kvfold.engine.loading import load
+        from kvfold.geometry import Geometry
+        from kvfold.quality.train_retention import train_retention, training_passages
+        from kvfold.replay import INSTRUCTION
+        from kvfold.report import training_report
+
+        loaded, tokenizer = load(model, dtype=torch.float32)
+        geometry = Geometry.from_config(loaded.config)
+        length = min(length, geometry.max_positions // 2)
+        passages = training_passages(tokenizer, text=wanted, tokens=tokens, length=length, seed=seed)
+        instruction = tokenizer.encode(INSTRUCTION, add_special_tokens=False)
+        say.steps = len(passages) + sum(layer.stores and layer.window is None for layer in geometry.layers)
         report = train_retention(
             loaded, passages, output, instruction=instruction, width=width, seed=seed, progress=say
         )

@@ -1,4 +1,4 @@
-"""The options that say what is measured: of ``kvfold eval``, and of whoever is to be measured beside it."""
+"""The options that say what is measured: of ``kvfold eval``, and of what is measured beside it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from kvfold.cli.options import check_text
 
 __all__ = [
     "CompressOption",
@@ -24,7 +26,9 @@ TasksOption = Annotated[str, typer.Option(help="Task names, separated by ','; al
 ContextOption = Annotated[int | None, typer.Option(help="Tokens of a text passage and of a task. [2048]")]
 SamplesOption = Annotated[int | None, typer.Option(help="Questions of each task. [20]")]
 DepthsOption = Annotated[str, typer.Option(help="Where asked facts stand: 0,0.5,1; in turns. At random without.")]
-TextOption = Annotated[Path | None, typer.Option(help="A UTF-8 text for perplexity, KL and generation.")]
+TextOption = Annotated[
+    Path | None, typer.Option(callback=check_text, help="A UTF-8 text for perplexity, KL and generation.")
+]
 WindowsOption = Annotated[int | None, typer.Option(help="Passages of the text. [8]")]
 ScoredOption = Annotated[int | None, typer.Option(help="Tokens scored at the end of each passage. [256]")]
 GenerationTokensOption = Annotated[int | None, typer.Option(help="Tokens to generate; 0: none. [512]")]

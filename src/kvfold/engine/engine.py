@@ -16,12 +16,11 @@ from kvfold.engine.batch import asked, in_order, naming
 from kvfold.engine.chat import ChatOptions, Conversation, as_chats, is_conversation
 from kvfold.engine.contexts import Context, read_context
 from kvfold.engine.core import EngineCore
-from kvfold.engine.intake import Intake, Room
-from kvfold.engine.loading import check_recipe, end_tokens, load, load_model
+from kvfold.engine.loading import check_recipe, load, load_model
 from kvfold.engine.progress import ProgressLine
 from kvfold.engine.request import Prompt, RequestOutput, SamplingParams, StreamChunk
 from kvfold.engine.runner import ModelRunner
-from kvfold.engine.setup import asked_budget, context_length, default_budget, make_scheduler
+from kvfold.engine.setup import asked_budget, context_length, default_budget, make_intake, make_scheduler
 from kvfold.engine.waiting import run_all, stream_chunks
 from kvfold.engine.weights import WeightsWatch
 from kvfold.errors import RequestError
@@ -87,17 +86,7 @@ class Engine:
         limits = {"max_batched_tokens": max_batched_tokens, "max_sequences": max_sequences}
         scheduler = make_scheduler(self._runner, prefix_caching=prefix_caching, repeatable=repeatable, **limits)
         self._core = EngineCore(self._runner, scheduler, tokenizer)
-        capacity = Room(self._runner.manager, self.context, max_batched_tokens)
-        self._intake = Intake(
-            tokenizer,
-            geometry.vocab,
-            self.context,
-            capacity,
-            max_sequences,
-            end_ids=end_tokens(model, tokenizer),
-            seed=seed,
-            rotary=self._runner.rotary,
-        )
+        self._intake = make_intake(self._runner, tokenizer, self.context, seed=seed, **limits)
         self._weights = WeightsWatch(model)
         self._numbered, self._closed = 0, False
         self._unclaimed: list[RequestOutput] = []

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.resources import files
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from kvfold.engine.source import BUNDLED, Source, find_source
 from kvfold.errors import ModelError, UnsupportedError
 from kvfold.geometry import Geometry
 from kvfold.recipe import Recipe
@@ -26,9 +26,6 @@ __all__ = [
     "load_model",
     "parse_recipes",
 ]
-
-BUNDLED: Final = "bundled"
-"""The name of the small model that comes with the package."""
 
 _VOCABULARIES: Final = (
     "tokenizer.json",
@@ -49,12 +46,13 @@ def load(
     """The causal language model and the tokenizer at ``path``: ``"bundled"``, a directory, or a hub id.
 
     ``dtype``: of the weights; None keeps the saved one. ``device``: None takes the GPU if there is one. The model is in
-    evaluation mode. ModelError if there is none, or it cannot be loaded, or has no tokenizer beside it.
+    evaluation mode. ModelError if there is none, or it cannot be loaded, or has no tokenizer beside it; within seconds
+    if the hub does not answer.
     """
-    where = _resolve(path)
-    _look_for_tokenizer(where)
+    source = find_source(path)
+    _look_for_tokenizer(source.where)
     with _said_in_a_line(path):
-        tokenizer = AutoTokenizer.from_pretrained(where)
+        tokenizer = AutoTokenizer.from_pretrained(source.where, **_kept(source))
     if not tokenizer.vocab_size:  # some classes make an empty one of whatever lies there
         raise _no_tokenizer(str(path), "what is there has no vocabulary")
     return load_model(path, dtype=dtype, device=device), tokenizer
@@ -64,14 +62,20 @@ def load_model(
     path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> PreTrainedModel:
     """The model at ``path`` without a tokenizer; otherwise as `load`."""
-    where = _resolve(path)
+    source = find_source(path)
     with _said_in_a_line(path):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(where, dtype="auto" if dtype is None else dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            source.where, dtype="auto" if dtype is None else dtype, **_kept(source)
+        )
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)  # type: ignore[arg-type] # transformers' decorator hides the signature of torch's `to`
     model.eval()
     return model
+
+
+def _kept(source: Source) -> dict[str, Any]:
+    return {"local_files_only": True} if source.offline else {}
 
 
 @contextmanager
@@ -86,25 +90,6 @@ def _said_in_a_line(path: str | Path) -> Iterator[None]:
             why=first_line,
             hint="name a directory with config.json, weights and tokenizer, a hub id, or 'bundled'",
         ) from error
-
-
-def _resolve(path: str | Path) -> str:
-    """What transformers is to be given: a directory that is there, or a hub id."""
-    if str(path) == BUNDLED:
-        folder = Path(str(files("kvfold").joinpath(BUNDLED)))
-        if not (folder / "config.json").is_file():
-            raise ModelError("the bundled model is missing", why=f"no {folder}", hint="reinstall kvfold")
-        return str(folder)
-    text = str(path)
-    if text and Path(path).is_dir():
-        if not (Path(path) / "config.json").is_file():
-            raise ModelError(f"no model in {str(path)!r}", why="the directory has no config.json")
-        return text
-    if isinstance(path, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or not text:
-        raise ModelError(
-            f"no model at {text!r}", why="no such directory", hint="give a directory, a hub id, or 'bundled'"
-        )
-    return text
 
 
 def _look_for_tokenizer(where: str) -> None:

@@ -80,6 +80,7 @@ class ModelRunner:
             fingerprint=hashlib.sha256(model.config.to_json_string().encode()).digest(),
             prefix_caching=prefix_caching,
         )
+        self.model = model
         self._packed = PackedModel(model)
         self._instruction = tuple(instruction)
         self.rotary = RotaryLengths.of(model)

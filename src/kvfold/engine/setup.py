@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvfold.available import available_memory, check_available
+from kvfold.engine.intake import Intake, Room
+from kvfold.engine.loading import end_tokens
 from kvfold.engine.runner import ModelRunner
 from kvfold.engine.scheduler import Scheduler
 from kvfold.errors import RequestError
@@ -18,7 +20,7 @@ from kvfold.memory.capacity import budget_for
 from kvfold.recipe import Recipe
 from kvfold.spec import group_spec
 
-__all__ = ["asked_budget", "context_length", "default_budget", "make_scheduler"]
+__all__ = ["asked_budget", "context_length", "default_budget", "make_intake", "make_scheduler"]
 
 _SHARE: Final = 4
 """By default the cache takes at most one part in so many of the memory that is available."""
@@ -55,6 +57,28 @@ def make_scheduler(runner: ModelRunner, *, repeatable: bool | None, **options: A
         repeatable = any(group.seals for group in books.groups)
     watches = 0 if retainer is None else retainer.method.watches
     return Scheduler(books, rule=runner.cache.recipe.rule, watches=watches, repeatable=repeatable, **options)
+
+
+def make_intake(
+    runner: ModelRunner,
+    tokenizer: PreTrainedTokenizerBase | None,
+    context: int,
+    *,
+    seed: int,
+    max_batched_tokens: int,
+    max_sequences: int,
+) -> Intake:
+    """What makes requests for a runner's model, with sequences of at most ``context`` tokens."""
+    return Intake(
+        tokenizer,
+        runner.geometry.vocab,
+        context,
+        Room(runner.manager, context, max_batched_tokens),
+        max_sequences,
+        end_ids=end_tokens(runner.model, tokenizer),
+        seed=seed,
+        rotary=runner.rotary,
+    )
 
 
 def default_budget(

@@ -5,9 +5,8 @@ was interrupted, and gives the result.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Final
 
 import torch
 from transformers import PreTrainedModel
@@ -18,47 +17,12 @@ from kvfold.quality.contestant import Contestant
 from kvfold.quality.environment import hardware, versions
 from kvfold.quality.evaluate import Progress, check_length, evaluate, settled
 from kvfold.quality.journal import Journal, journal_of
+from kvfold.quality.plans import Plan, Run, check_dtype
 from kvfold.quality.recipes import recipe_contestants
 from kvfold.quality.results import Evaluation
-from kvfold.quality.settings import EvalSettings
 from kvfold.quality.workload import Workload, build_workload
 
-__all__ = ["EVAL_RECIPES", "QUICK", "QUICK_RECIPES", "Plan", "Run", "blank", "measure", "run_session"]
-
-EVAL_RECIPES: Final = ("raw", "int8", "int4", "int3:calibrated", "int2.5:calibrated", "int2:calibrated", "int2")
-QUICK_RECIPES: Final = ("raw", "int8", "int4", "int2:calibrated", "int2")
-"""What is measured where nothing else is asked for, as far as the model can be served with it."""
-QUICK: Final = EvalSettings(context=1024, samples=4, text_windows=2, generation_passages=2)
-"""Under three minutes with the bundled model on two cores."""
-
-
-_DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """What every run is asked for. ``result``: the file the result will go to, beside which the journal lies; None: no
-    journal. ``command``: for the record.
-    """
-
-    model: str
-    settings: EvalSettings
-    command: str
-    result: Path | None = None
-    resume: bool = True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan(Run):
-    """A run of recipes. ``dtype``: of weights, computing and raw pages (``float32`` has the least noise); None keeps
-    the saved one. ``usual``: the recipes if ``recipes`` is None, those that the model cannot take left out. ``merge``:
-    evaluations of equal settings whose rows are wanted too.
-    """
-
-    recipes: Sequence[str] | None
-    usual: Sequence[str] = EVAL_RECIPES
-    dtype: str | None = None
-    merge: Sequence[Path] = ()
+__all__ = ["blank", "measure", "run_session"]
 
 
 def run_session(
@@ -134,6 +98,5 @@ def measure(
 
 
 def _dtype(name: str) -> torch.dtype:
-    if name not in _DTYPES:
-        raise RequestError(f"unknown dtype {name!r}", hint="known: " + ", ".join(_DTYPES))
-    return _DTYPES[name]
+    dtype: torch.dtype = getattr(torch, check_dtype(name))
+    return dtype

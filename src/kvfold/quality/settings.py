@@ -11,9 +11,12 @@ from typing import Any, Final, Literal, TypeAlias, get_args
 from kvfold.errors import RequestError
 from kvfold.quality.tasks import TASKS
 
-__all__ = ["Compressed", "EvalSettings", "parse_depths", "parse_tasks"]
+__all__ = ["Compressed", "EvalSettings", "check_profile_context", "parse_depths", "parse_tasks"]
 
 _LEAST_CONTEXT: Final = 128
+_LEAST_PROFILED: Final = 16
+_TIMES_NEAR: Final = 4
+"""A context to profile is at least so many times sinks and recent window: else nothing in it is far."""
 
 Compressed: TypeAlias = Literal["prompt", "context"]
 """What is compressed of a task's prompt: all of it, or the context alone, before the question is read."""
@@ -109,6 +112,15 @@ def parse_depths(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(",") if part.strip())
     except ValueError as error:
         raise RequestError(f"bad depths {text!r}", why=str(error), hint="numbers such as 0,0.25,0.5,1") from error
+
+
+def check_profile_context(context: int, near: int) -> None:
+    """RequestError for a ``context`` in which hardly any token is farther than ``near``: sinks and recent window."""
+    least = max(_LEAST_PROFILED, _TIMES_NEAR * near)
+    if context < least:
+        why = f"sinks and recent window take {near}, and hardly anything in it would be far from a query"
+        hint = f"give a --context of at least {least}, or a --recipe with a smaller recent window"
+        raise RequestError(f"a context of {context} tokens", why=why, hint=hint)
 
 
 def _known_tasks(names: Sequence[str]) -> None:

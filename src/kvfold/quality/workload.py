@@ -12,16 +12,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import takewhile
-from pathlib import Path
 from typing import Final
 
 from transformers import PreTrainedTokenizerBase
 
 from kvfold.errors import RequestError
 from kvfold.quality.settings import EvalSettings
-from kvfold.quality.tasks import Sample, heldout_text, make_sample
+from kvfold.quality.tasks import Sample, make_sample, read_text
 
-__all__ = ["Question", "Workload", "build_workload", "cut_passages", "read_text"]
+__all__ = ["Question", "Workload", "build_workload", "cut_passages"]
 
 _ANSWER_FACTOR: Final = 2
 _ANSWER_SLACK: Final = 32
@@ -91,19 +90,6 @@ def build_workload(
         stop=stop,
         decode=lambda tokens: str(tokenizer.decode(list(tokens), skip_special_tokens=True)),
     )
-
-
-def read_text(file: Path | None) -> str:
-    """The text of a UTF-8 file; without one, sources of Python's standard library."""
-    if file is None:
-        return heldout_text()
-    hint = "give a plain text file in UTF-8"
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"text {file}", why="it is not UTF-8", hint=hint) from error
-    except OSError as error:
-        raise RequestError(f"text {file}", why=error.strerror or str(error), hint=hint) from error
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -20,15 +20,14 @@ from kvfold.quality.profile.lookups import Lookup, lookup_texts
 from kvfold.quality.profile.results import LayerProfile, Profile
 from kvfold.quality.profile.retrieval import check_counts, find_retrieval, gated_layers
 from kvfold.quality.profile.suggest import suggest
+from kvfold.quality.settings import check_profile_context
+from kvfold.quality.tasks import read_text
 from kvfold.quality.watch import Attended, watched_forward
-from kvfold.quality.workload import cut_passages, read_text
+from kvfold.quality.workload import cut_passages
 
 __all__ = ["Plan", "observe", "profile_model", "run_profile"]
 
 _CONTEXT: Final = 2048
-_LEAST: Final = 4
-"""A context is at least so many times sinks and recent window: else nothing in it is far."""
-
 Progress = Callable[[str, float], None]
 """Told what is done next, and which share of everything is done."""
 
@@ -147,8 +146,5 @@ def _context(wanted: int | None, geometry: Geometry, near: int) -> int:
     if context > limit:
         why = f"the model takes {limit} positions"
         raise RequestError(f"a context of {context} tokens", why=why, hint="give a shorter --context")
-    if context < max(16, _LEAST * near):
-        why = f"sinks and recent window take {near}, and hardly anything in it would be far from a query"
-        hint = f"give a --context of at least {max(16, _LEAST * near)}, or a --recipe with a smaller recent window"
-        raise RequestError(f"a context of {context} tokens", why=why, hint=hint)
+    check_profile_context(context, near)
     return context

@@ -2,6 +2,17 @@
 
 from kvfold.quality.tasks.documents import Document, Fact, demo_document
 from kvfold.quality.tasks.samples import TASKS, Sample, make_sample, score
-from kvfold.quality.tasks.text import heldout_text, real_text
+from kvfold.quality.tasks.text import heldout_text, read_text, real_text
 
-__all__ = ["TASKS", "Document", "Fact", "Sample", "demo_document", "heldout_text", "make_sample", "real_text", "score"]
+__all__ = [
+    "TASKS",
+    "Document",
+    "Fact",
+    "Sample",
+    "demo_document",
+    "heldout_text",
+    "make_sample",
+    "read_text",
+    "real_text",
+    "score",
+]

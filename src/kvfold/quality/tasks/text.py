@@ -7,7 +7,9 @@ import re
 import sysconfig
 from pathlib import Path
 
-__all__ = ["heldout_text", "is_heldout_file", "library_files", "passages_of", "real_text"]
+from kvfold.errors import RequestError
+
+__all__ = ["heldout_text", "is_heldout_file", "library_files", "passages_of", "read_text", "real_text"]
 
 # Tables and generated code teach nothing about text; third-party packages have other licences.
 _SKIP = (
@@ -28,6 +30,27 @@ def real_text() -> str:
     from pydoc_data import topics
 
     return "\n\n".join(topics.topics[name].strip() for name in sorted(topics.topics))
+
+
+def read_text(file: Path | None) -> str:
+    """The text of a UTF-8 file; without one, sources of Python's standard library."""
+    if file is None:
+        return heldout_text()
+    text = why = ""
+    try:
+        text = file.read_text(encoding="utf-8")
+        why = "" if text.strip() else "it is empty"
+    except IsADirectoryError:
+        why = "it is a folder"
+    except FileNotFoundError:
+        why = "no such file"
+    except UnicodeDecodeError:
+        why = "it is not UTF-8"
+    except OSError as error:
+        why = error.strerror or str(error)
+    if why:
+        raise RequestError(f"text {file}", why=why, hint="give a plain text file in UTF-8")
+    return text
 
 
 def heldout_text() -> str:
