@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from kvfold import available
 from kvfold.available import available_memory
-from kvfold.engine import Engine, SamplingParams, loading
+from kvfold.engine import Engine, SamplingParams, loading, source
 from kvfold.engine.loading import end_tokens, load
 from kvfold.errors import ModelError
 from tests.engine.tiny_engine import assert_idle, byte_tokenizer, tiny_model
@@ -66,6 +66,7 @@ def test_what_the_hub_does_not_have_is_one_clear_error(monkeypatch: pytest.Monke
     def missing(*_: object, **__: object) -> None:
         raise OSError("nobody/nothing is not a repository\nlong explanation")
 
+    monkeypatch.setattr(loading, "find_source", source.Source)
     monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", missing)
     with pytest.raises(ModelError) as error:
         load("nobody/nothing")
@@ -99,6 +100,6 @@ def test_the_bundled_model_serves(monkeypatch: pytest.MonkeyPatch) -> None:
         output = engine.generate("A list is", SamplingParams(max_tokens=8))[0]
         assert output.text == engine.tokenizer.decode(output.token_ids, skip_special_tokens=True)
         assert_idle(engine)
-    monkeypatch.setattr(loading, "BUNDLED", "nothing")
+    monkeypatch.setattr(source, "BUNDLED", "nothing")
     with pytest.raises(ModelError, match="bundled model is missing"):
         load("nothing")
