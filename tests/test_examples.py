@@ -1,4 +1,4 @@
-"""The examples run as they stand, on the bundled model, without a network."""
+"""The examples run as they stand, on the bundled model, without a network, and show right answers and bytes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.shown import assert_right_answers_and_bytes
+
 EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.py"))
 
 
+@pytest.mark.xfail(strict=True, reason="issue 11, E.14: the examples print nonsense, some no bytes")
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(path), run_name="__main__")
-    assert capsys.readouterr().out.strip()
+    assert_right_answers_and_bytes(path.read_text(encoding="utf-8"), capsys.readouterr().out)
