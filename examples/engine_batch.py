@@ -1,22 +1,28 @@
-"""Serve a batch of prompts from one hard memory budget; prompts with a common start share its blocks.
+"""Serve a batch of questions from one hard memory budget; prompts with a common start share its blocks.
 
 Run: python examples/engine_batch.py
 """
 
 from __future__ import annotations
 
+from pydoc_data.topics import topics
+
 from kvfold import Engine, SamplingParams
 
-START = "Notes of the harbour master, kept in a blue book. " * 12
-QUESTIONS = ["The first ship was called", "The colour of the book was", "The harbour master wrote"]
+CODES = {"crimson harbor": "5821", "quiet tower": "3907", "golden bridge": "1468"}
+MANUAL = topics["compound"][:8000]  # a long text: Python's own documentation
 
 
 def main() -> None:
-    """Generate for all prompts at once and print what came of each."""
-    with Engine("bundled", recipe="int4", kv_memory="64MiB") as engine:
-        outputs = engine.generate([START + question for question in QUESTIONS], SamplingParams(max_tokens=32))
-    for question, output in zip(QUESTIONS, outputs, strict=True):
-        print(f"{question} ...{output.text!r} ({len(output.token_ids)} tokens, ended by {output.finish_reason})")
+    """Answer all questions at once under two recipes; print the answers, what was shared, and the bytes."""
+    facts = "\n".join(f"The access code of the {name} is {code}." for name, code in CODES.items())
+    text = f"{MANUAL[:4000]}\n{facts}\n{MANUAL[4000:]}"
+    chats = [[{"role": "user", "content": f"{text}\n\nWhat is the access code of the {name}?"}] for name in CODES]
+    for recipe in ("raw", "int4"):
+        with Engine("bundled", recipe=recipe, kv_memory="16MiB") as engine:
+            for output in engine.generate(chats, SamplingParams(max_tokens=24)):
+                print(f"{output.text} (ended by {output.finish_reason}, {output.num_cached_tokens} tokens shared)")
+            print(f"{recipe}: at most {engine.stats()['kv_peak_bytes']:,} bytes\n")
 
 
 if __name__ == "__main__":

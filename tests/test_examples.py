@@ -12,7 +12,6 @@ ANSWER = re.compile(r"The access code of the ([a-z ]+) is (\d{4})\.")
 EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.py"))
 
 
-@pytest.mark.xfail(strict=True, reason="issue 11, E.14: the examples print nonsense")
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example_prints_right_answers_and_bytes(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(path), run_name="__main__")

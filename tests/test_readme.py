@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
 import torch
-from pydoc_data.topics import topics
 
 from kvfold import KVCache, load
 
@@ -18,7 +18,6 @@ BYTES = re.compile(r"[\d,]+(?= bytes)")
 FACT = re.compile(r"The access code of the [a-z ]+ is \d{4}\.")
 
 
-@pytest.mark.xfail(strict=True, reason="issue 11, E.14: the snippets print nonsense and no bytes")
 @pytest.mark.parametrize("number", range(3))
 def test_a_block_prints_right_answers_and_bytes(number: int, capsys: pytest.CaptureFixture[str]) -> None:
     code, shown = BLOCKS[number]
