@@ -1,18 +1,25 @@
-"""README's Python blocks run as they stand and print what stands below them; its promise about `raw` holds."""
+"""README's Python blocks run as they stand and print what stands below them, its promise about `raw` holds, and the
+commands of all pages exist, with their options.
+"""
 
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
 import torch
+import typer
 
 from kvfold import KVCache, load
+from kvfold.cli import app
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "src/kvfold/bundled/README.md"]
+README = PAGES[0].read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", README, re.DOTALL)
 BYTES = re.compile(r"[\d,]+(?= bytes)")
 FACT = re.compile(r"The access code of the [a-z ]+ is \d{4}\.")
@@ -60,3 +67,29 @@ def test_raw_gives_the_tokens_of_transformers_in_float32() -> None:
 def generate(model: Any, inputs: Any, cache: KVCache | None) -> Any:
     options = {"output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 16, "do_sample": False}
     return model.generate(**inputs, past_key_values=cache, pad_token_id=0, **options)
+
+
+def commands(page: Path) -> list[str]:
+    """The `kvfold` commands in the fenced blocks of a page, without what stands behind them."""
+    blocks = re.findall(r"^```(.*?)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    shown = "".join(text for language, text in blocks if language in ("", "sh"))
+    found = (re.match(r"(?:[A-Z_]+=\S+ )*kvfold (.*)", line) for line in shown.replace("\\\n", " ").splitlines())
+    return [re.split(r" {3,}", each[1])[0] for each in found if each]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name + "/" + page.name)
+def test_documented_commands_exist_with_their_options(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my-model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for line in commands(page):
+        command: Any = typer.main.get_command(app)
+        words = shlex.split(line)
+        while hasattr(command, "commands"):
+            command = command.commands[words.pop(0)]
+        command.make_context(line, words)
+
+
+def test_commands_are_found() -> None:
+    assert len(commands(PAGES[0])) > 8
