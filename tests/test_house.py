@@ -345,7 +345,7 @@ def test_python_in_the_documentation_parses(page: Path) -> None:
         compile(block, page.name, "exec")
 
 
-@pytest.mark.parametrize("page", ["bytes.md", "recipes.md"])
+@pytest.mark.parametrize("page", ["bytes.md", "recipes.md", "retention.md", "retrieval.md"])
 def test_what_the_documentation_computes_is_true(page: str) -> None:
     """These pages compute in front of the reader; their assertions hold."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), flags=re.DOTALL)
