@@ -29,7 +29,7 @@ def saying_what_fits(
         raise CacheFullError(
             f"the KV cache is full: no room for {what}" + (f" of {sequences} sequences" if sequences > 1 else ""),
             why=f"{format_bytes(budget)} hold {capacity().tokens():,} tokens of one sequence; "
-            f"there are {sum(lengths):,} tokens of {len(lengths)} sequences",
+            f"{sum(lengths):,} tokens of {len(lengths)} sequence{'' if len(lengths) == 1 else 's'} are there",
             hint=f"end or shorten some sequence, raise the budget (at least {format_bytes(size)} for {sequences} x "
             f"{longest:,} tokens), or choose a recipe with fewer bits",
         ) from error
