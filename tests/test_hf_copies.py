@@ -12,32 +12,13 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import DynamicCache
 
 from kvfold import KVCache
 from kvfold.errors import UnsupportedError
-from tests.engine.tiny_engine import VOCAB, tiny_model
+from tests.engine.tiny_engine import VOCAB, tiny_model, windowed_model
 
-
-def _windowed() -> Any:
-    torch.manual_seed(1)
-    config = Gemma3TextConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=512,
-        sliding_window=12,
-        layer_types=["sliding_attention", "full_attention"],
-        initializer_range=0.3,
-    )
-    return Gemma3ForCausalLM(config).eval()
-
-
-LLAMA, GEMMA = tiny_model(seed=2), _windowed()
+LLAMA, GEMMA = tiny_model(seed=2), windowed_model(12)
 RECIPES = ["raw,block=4", "int4,block=4,recent=8,sinks=0", "int8,block=8,recent=0", "raw,block=4+keydiff(keep=0.5)"]
 
 

@@ -10,10 +10,9 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from kvfold.engine import Engine, RequestOutput, SamplingParams
-from tests.engine.tiny_engine import VOCAB, assert_idle, engine_of, prompts_of, tiny_model
+from tests.engine.tiny_engine import assert_idle, engine_of, prompts_of, tiny_model, windowed_model
 
 RECIPES = [
     "raw,block=8",
@@ -28,26 +27,7 @@ RECIPES = [
 ]
 
 
-def _windowed() -> Any:
-    """Layers with a window and without, so that two layer groups share one prefix."""
-    torch.manual_seed(1)
-    config = Gemma3TextConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=512,
-        sliding_window=40,
-        layer_types=["sliding_attention", "full_attention"],
-        initializer_range=0.3,
-    )
-    return Gemma3ForCausalLM(config).eval()
-
-
-MODELS = {"full": lambda: tiny_model(seed=4), "windowed": _windowed}
+MODELS = {"full": lambda: tiny_model(seed=4), "windowed": lambda: windowed_model(40)}
 
 
 @pytest.fixture(scope="module", autouse=True)

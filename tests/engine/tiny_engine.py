@@ -6,7 +6,13 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from kvfold.engine import Engine, RequestOutput
 
@@ -35,6 +41,25 @@ def tiny_model(*, layers: int = 2, hidden: int = 32, context: int = 512, seed: i
             if weight.dim() > 1:
                 weight.normal_(0, weight.shape[1] ** -0.5)
     return model
+
+
+def windowed_model(window: int) -> Gemma3ForCausalLM:
+    """A layer with a window and one without, so that two layer groups share one prefix. Float32, random weights."""
+    torch.manual_seed(1)
+    config = Gemma3TextConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=512,
+        sliding_window=window,
+        layer_types=["sliding_attention", "full_attention"],
+        initializer_range=0.3,
+    )
+    return Gemma3ForCausalLM(config).eval()
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
