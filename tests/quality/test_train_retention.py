@@ -339,7 +339,7 @@ def test_bad_input_is_one_error_with_a_hint(kvfold: Callable[..., Done], folder:
         (("--model", folder, "-o", tmp_path / "no" / "s"), "there is no folder"),
         (("--model", folder, "-o", tmp_path), "it is a folder"),
         (("--model", tmp_path / "none", "-o", tmp_path / "s"), "no model at"),
-        ((*good, "--text", tmp_path / "none"), "No such file"),
+        ((*good, "--text", tmp_path / "none"), "no such file"),
         ((*good, "--tokens", 64, "--length", 64), "one of them is held out"),
         ((*good, "--json", tmp_path / "no" / "j"), "there is no folder"),
     ):

@@ -25,12 +25,14 @@ class Forced:
 
     ``logits [N, V]``, float32: row ``i`` is the distribution after ``tokens[score_from + i]``. ``kv_bytes``: what the
     cache held allocated at the end of the tokens. ``decode_tok_s``: from the median of the timed greedy steps behind
-    them; 0 if there were none.
+    them; 0 if there were none. ``idle``: methods of the recipe that never acted on these tokens, for which the logits
+    therefore say nothing (see `kvfold.quality.forwards`).
     """
 
     logits: Tensor
     kv_bytes: int
     decode_tok_s: float
+    idle: tuple[str, ...] = ()
 
 
 class Contestant(Protocol):
@@ -52,7 +54,8 @@ class Contestant(Protocol):
 
     def force(self, tokens: Sequence[int], *, score_from: int, decode_steps: int = 0) -> Forced:
         """``tokens[:score_from]`` is the prompt, goes in as one prefill (kvfold: in chunks of `PREFILL_TOKENS`), and is
-        compressed at its end; the rest goes in in chunks of `SCORED_TOKENS`, attending to the cache as it is stored.
+        compressed at its end; the rest goes in in chunks of `SCORED_TOKENS` (kvfold: see `kvfold.quality.forwards`),
+        attending to the cache as it is stored.
         """
 
     def generate(
