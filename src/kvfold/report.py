@@ -17,7 +17,7 @@ from kvfold.quality.profile import Profile
 from kvfold.quality.profile.tables import headings, layer_rows
 from kvfold.quality.results import Evaluation, Row, TaskScore
 from kvfold.quality.tasks import Document
-from kvfold.quality.train_retention import TrainingReport
+from kvfold.quality.train_retention import LEAST_R2, TrainingReport
 from kvfold.tables import Figures
 
 __all__ = [
@@ -206,15 +206,26 @@ def profile_report(console: Console, found: Profile) -> None:
 
 
 def training_report(console: Console, report: TrainingReport) -> None:
-    """How well each head's scores are foretold on held-out passages, and a recipe to paste."""
+    """How well each head's scores are predicted on held-out passages, and a recipe to paste if that is good enough."""
     size = format_bytes(report.bytes)
-    console.print(f"Learnt from {report.tokens:,} tokens, judged on {report.held_out:,} of them; {size}.\n")
+    console.print(f"Learned from {report.tokens:,} tokens, judged on {report.held_out:,} of them; {size}.\n")
     table = Figures(None, ("layer", "head", "map", "R²", "Spearman"))
     for layer in report.layers:
         for number, head in enumerate(layer.heads):
             table.add(str(layer.layer), str(number), layer.kind, f"{head.r2:.3f}", f"{head.spearman:.3f}")
     table.print(console)
-    console.print(f"A recipe to try: raw+learned({report.file},keep=0.25)", highlight=False, soft_wrap=True)
+    if report.useful:
+        console.print(f"A recipe to try: raw+learned({report.file},keep=0.25)", highlight=False, soft_wrap=True)
+        return
+    console.print(
+        f"No recipe is recommended: on held-out passages the heads have a mean R² of {report.mean_r2:.3g}, and "
+        f"{LEAST_R2:g} is the least that is useful. R² is the share of the differences between tokens that the scorer "
+        "explains: 1 is all of it, 0 is no better than a constant, below 0 is worse.\n"
+        "Try more --tokens, a --text like the texts to be served, or longer passages (--length). "
+        "raw+kvzip(keep=0.25) needs no file.",
+        style="yellow",
+        highlight=False,
+    )
 
 
 def lm_eval_report(console: Console, outcome: Mapping[str, Any]) -> None:
