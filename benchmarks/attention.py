@@ -35,10 +35,10 @@ from rich.console import Console
 from kvfold.bench.attention import bench_attention
 from kvfold.bench.prefix import bench_prefix
 from kvfold.bench.shapes import AttentionShape
+from kvfold.bench_report import attention_report, prefix_report
 from kvfold.cli.options import parse_recipe_list, write_json
 from kvfold.quality.environment import hardware, versions
 from kvfold.quality.report.palette import LIGHT
-from kvfold.report import attention_report, prefix_report
 
 Row = dict[str, Any]
 

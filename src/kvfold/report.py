@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Final
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kvfold.bench.attention import AttentionRow
-from kvfold.bench.decode import DecodeRow
-from kvfold.bench.prefix import PrefixRow
 from kvfold.doctor import STORAGES, Examination
 from kvfold.formats import format_bytes
 from kvfold.quality.calibrate import CalibrationReport
@@ -21,21 +17,22 @@ from kvfold.quality.profile import Profile
 from kvfold.quality.profile.tables import headings, layer_rows
 from kvfold.quality.results import Evaluation, Row, TaskScore
 from kvfold.quality.tasks import Document
-from kvfold.quality.train_retention import TrainingReport
+from kvfold.quality.train_retention import LEAST_R2, TrainingReport
+from kvfold.tables import Figures
 
 __all__ = [
-    "attention_report",
-    "bench_report",
     "calibration_report",
     "demo_report",
     "doctor_report",
     "eval_report",
     "lm_eval_report",
-    "prefix_report",
     "profile_report",
     "stats_report",
     "training_report",
 ]
+
+
+NOT_MEASURED: Final = "–"
 
 
 def demo_report(console: Console, document: Document, rows: Sequence[DemoRow], *, answers: bool) -> None:
@@ -49,20 +46,19 @@ def demo_report(console: Console, document: Document, rows: Sequence[DemoRow], *
         "the questions) and is asked for each.\n"
     )
     _print_answers(console, rows, limit=None if answers else 3)
-    table = Table(title="The same questions, from caches of different size", title_justify="left", box=SIMPLE_HEAD)
-    for heading in ("recipe", "KV cache", "smaller", "tok/s", "answers", "mean KL", "top-1"):
-        table.add_column(heading, justify="left" if heading == "recipe" else "right", no_wrap=True)
+    headings = ("recipe", "KV cache", "smaller", "tok/s", "answers", "mean KL", "top-1")
+    table = Figures("The same questions, from caches of different size", headings)
     for row in rows:
-        table.add_row(
+        table.add(
             row.recipe,
             format_bytes(row.kv_bytes),
             f"{row.compression:.2f}x",
             f"{row.decode_tok_s:.0f}",
             f"{row.answers_right} of {row.answers_total}",
-            f"{row.kl:.4f}",
-            f"{row.top1_agreement:.1%}",
+            NOT_MEASURED if row.kl is None else f"{row.kl:.4f}",
+            _share(row.top1_agreement),
         )
-    console.print(table)
+    table.print(console)
     console.print(
         "KV cache: all blocks allocated for the text; sinks, recent window, scales,\n"
         "slack and tables counted. tok/s: decoding one sequence at the end of the text.\n"
@@ -70,6 +66,7 @@ def demo_report(console: Console, document: Document, rows: Sequence[DemoRow], *
         "forced tokens, through the runtime that serves.",
         style="dim",
     )
+    _print_idle(console, [name for row in rows for name in row.idle], first.context_tokens)
 
 
 def _print_answers(console: Console, rows: Sequence[DemoRow], limit: int | None) -> None:
@@ -84,124 +81,42 @@ def _print_answers(console: Console, rows: Sequence[DemoRow], limit: int | None)
         console.print(f"(the first {limit} of {len(rows[0].answers)}; all of them with --answers)\n", style="dim")
 
 
-def bench_report(console: Console, rows: Sequence[DecodeRow]) -> None:
-    """One row for each contestant, then where its time goes."""
-    if not rows:
-        return
-    title = f"Decode, {rows[0].batch} x {rows[0].context:,} tokens"
-    table = _table(title, ("", "ms/step", "tok/s", "KV bytes", "smaller", "of limit", "vs", "KL"))
-    parts = _table("Where a step's time goes", ("", "linear", "attention", "write path", "(sealing)", "other"))
-    for row in rows:
-        table.add_row(
-            row.contestant,
-            f"{row.seconds * 1e3:.2f}",
-            f"{row.tok_s:.1f}",
-            format_bytes(row.kv_bytes),
-            f"{row.compression:.2f}x",
-            f"{row.fraction_of_limit:.0%}",
-            "" if row.vs is None else f"{row.vs:.2f}x",
-            f"{row.kl:.4f}",
-        )
-        spent = (row.linear_share, row.attention_share, row.write_share, row.sealing_share, row.other_share)
-        parts.add_row(row.contestant, *(f"{share:.1%}" for share in spent))
-    console.print(table)
-    console.print(
-        "of limit: weights and cache read once at this machine's stream rate,\n"
-        f"{rows[0].stream_gb_s:.1f} GB/s. KL: against raw on the first step, over random cache contents.\n",
-        style="dim",
-    )
-    console.print(parts)
-    console.print(
-        "Clocked in steps of their own. write path: new rows, sealing, commit.\n"
-        "other: norms, rotary embedding, activations, tables, Python.",
-        style="dim",
-    )
-
-
-def attention_report(console: Console, rows: Sequence[AttentionRow]) -> None:
-    """One row for each contestant, rivals last."""
-    if not rows:
-        return
-    first = rows[0]
-    title = f"Decode attention, {first.batch} x {first.context:,} tokens, {_heads(first)}"
-    versus = ("vs best", "vs stock", "vs limit")
-    table = _table(title, ("", "ms", "GB/s", "of stream", *versus, "error"))
-    for row in rows:
-        times = (row.vs_best_bf16, row.vs_stock_sdpa, row.vs_bf16_limit)
-        table.add_row(
-            row.recipe,
-            f"{row.seconds * 1e3:.3f}",
-            f"{row.gb_s:.1f}",
-            f"{row.fraction_of_stream:.0%}",
-            *(f"{factor:.2f}x" for factor in times),
-            f"{row.rel_err:.1e}",
-            style="dim" if row.rival else None,
-        )
-    console.print(table)
-    console.print(
-        f"of stream: of a plain read, {first.stream_gb_s:.1f} GB/s in this run. {first.variant}, "
-        f"{first.threads} threads.\n"
-        "vs best, vs stock: times faster than the best rival, and than SDPA as trans-\n"
-        "formers calls it, in bfloat16. vs limit: than bfloat16 can be read at all.\n"
-        "error: of the worst row, relative, against float32 on the same codes.",
-        style="dim",
-    )
-
-
-def prefix_report(console: Console, rows: Sequence[PrefixRow]) -> None:
-    """A prefix walked for each sequence, and once."""
-    if not rows:
-        return
-    first = rows[0]
-    title = f"A prefix of {first.context:,} tokens under {first.batch} sequences, {_heads(first)}"
-    table = _table(title, ("", "for each, ms", "once, ms", "faster", "lse differs"))
-    for row in rows:
-        seconds = (f"{value * 1e3:.3f}" for value in (row.each_seconds, row.cascade_seconds))
-        table.add_row(row.recipe, *seconds, f"{row.factor:.2f}x", f"{row.lse_difference:.1e}")
-    console.print(table)
-
-
-def _heads(row: AttentionRow | PrefixRow) -> str:
-    kind = f"latents of {row.head_dim} + {row.rope}" if row.rope else f"{row.kv_heads} KV heads of {row.head_dim}"
-    return f"{kind}, {row.group} queries each"
-
-
 def eval_report(console: Console, evaluation: Evaluation) -> None:
     """What every contestant costs and keeps, then its answers to the tasks."""
     if not evaluation.rows:
         return
     settings = evaluation.settings
     title = f"{evaluation.model}, {settings['context']:,} tokens, seed {evaluation.seed}"
-    table = _table(title, ("", "bits", "B/token", "smaller", "KL", "p99", "top-1", "Δppl", "tok/s"))
-    generation = _table("Long generation", ("", "KL", "p99", "top-1", "parts at"))
+    table = Figures(title, ("", "bits", "B/token", "smaller", "KL", "p99", "top-1", "Δppl", "tok/s"))
+    generation = Figures("Long generation", ("", "KL", "p99", "top-1", "parts at"))
     for row in evaluation.rows:
-        table.add_row(
+        table.add(
             row.contestant,
             "" if row.bits_per_value is None else f"{row.bits_per_value:.2f}",
             f"{row.kv_bytes_per_token:,.0f}",
             f"{row.compression:.2f}x",
             _nats(row.kl_mean),
             _nats(row.kl_p99),
-            f"{row.top1_agreement:.1%}",
-            f"{row.ppl_delta:+.3f}",
-            f"{row.decode_tok_s:.0f}",
+            _share(row.top1_agreement),
+            NOT_MEASURED if row.ppl_delta is None else f"{row.ppl_delta:+.3f}",
+            f"{row.decode_tok_s:.0f}" if row.decode_tok_s else "",
         )
         if (long := row.generation) is not None:
             parts = "never" if long.first_divergence >= long.tokens else f"{long.first_divergence:g}"
-            generation.add_row(
-                row.contestant, _nats(long.kl_mean), _nats(long.kl_p99), f"{long.top1_agreement:.1%}", parts
-            )
-    console.print(table)
+            generation.add(row.contestant, _nats(long.kl_mean), _nats(long.kl_p99), _share(long.top1_agreement), parts)
+    table.print(console)
     first = evaluation.rows[0]
+    own = "" if first.ppl is None or first.ppl_delta is None else f"\n(perplexity {first.ppl - first.ppl_delta:.3f})"
     console.print(
-        "KL (nats, mean and 99th percentile), top-1 agreement and perplexity: against raw\n"
-        f"(perplexity {first.ppl - first.ppl_delta:.3f}), over {first.positions:,} teacher-forced tokens of text, "
+        f"KL (nats, mean and 99th percentile), top-1 agreement and perplexity: against raw{own}, "
+        f"over {first.positions:,} teacher-forced tokens of text, "
         "through the runtime\nthat serves. bits: of a number in a packed block, scales included. B/token: all\n"
         "bytes allocated for a passage.\n",
         style="dim",
     )
-    if generation.row_count and (long := first.generation) is not None:
-        console.print(generation)
+    _print_idle(console, [name for row in evaluation.rows for name in row.idle], settings["context"])
+    if len(generation) and (long := first.generation) is not None:
+        generation.print(console)
         console.print(
             f"Raw's own greedy continuations ({long.passages} of {long.tokens:,} tokens), teacher-forced. parts at:\n"
             "tokens after which a contestant's own greedy generation leaves raw's (median).\n",
@@ -210,32 +125,35 @@ def eval_report(console: Console, evaluation: Evaluation) -> None:
     _print_tasks(console, evaluation.rows)
 
 
-_TASK_WIDTH = 17
-_NAME_WIDTH = 24
+def _print_idle(console: Console, idle: Sequence[str], context: object) -> None:
+    """Which figures are not measured, and why."""
+    if idle:
+        console.print(
+            f"{NOT_MEASURED}: not measured. On texts of {context:,} tokens, nothing could be left out by "
+            f"{', '.join(dict.fromkeys(idle))}: the figure would be that of the full cache. "
+            "Give a longer text, or smaller numbers in the recipe.\n",
+            style="yellow",
+            highlight=False,
+        )
 
 
 def _print_tasks(console: Console, rows: Sequence[Row]) -> None:
     tasks = list(dict.fromkeys(task for row in rows for task in row.tasks))
-    name = min(_NAME_WIDTH, max(len(row.contestant) for row in rows))
-    columns = max(1, (console.width - name) // _TASK_WIDTH)
-    for start in range(0, len(tasks), columns):
-        some = tasks[start : start + columns]
-        table = _table("Tasks, % right (95 % interval)" if not start else None, ("", *some))
-        for row in rows:
-            table.add_row(row.contestant, *(_score(row.tasks.get(task)) for task in some))
-        console.print(table)
+    if not tasks:
+        return
+    table = Figures("Tasks, % right (95 % interval)", ("", *tasks))
+    for row in rows:
+        table.add(row.contestant, *(_score(row.tasks.get(task)) for task in tasks))
+    table.print(console)
 
 
-def _table(title: str | None, headings: Sequence[str]) -> Table:
-    """The first column names the contestant, the others are figures."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    for index, heading in enumerate(headings):
-        justify: Literal["left", "right"] = "right" if index else "left"
-        table.add_column(heading, justify=justify, no_wrap=bool(index), overflow="fold")
-    return table
+def _share(value: float | None) -> str:
+    return NOT_MEASURED if value is None else f"{value:.1%}"
 
 
-def _nats(value: float) -> str:
+def _nats(value: float | None) -> str:
+    if value is None:
+        return NOT_MEASURED
     return "0" if value == 0 else f"{value:.1e}" if value < 1e-4 else f"{value:.4f}"
 
 
@@ -246,32 +164,32 @@ def _score(score: TaskScore | None) -> str:
 def calibration_report(console: Console, report: CalibrationReport) -> None:
     """Where the energy lies and what bits would cost, and a recipe to paste."""
     console.print(f"Calibrated on {report.tokens:,} tokens, {report.entropy:.2f} nats each.\n")
-    table = _table(
+    table = Figures(
         None,
         ("layer", "99 % of K in", "99 % of V in", "K at 3 bits", "V at 3 bits"),
     )
     for layer in report.layers:
-        table.add_row(
+        table.add(
             str(layer.layer),
             f"{layer.k_rank} of {layer.k_dim}",
             f"{layer.v_rank} of {layer.v_dim}",
             *(" ".join(f"{dims}x{bits}" for bits, dims in bands) for bands in (layer.k_bands, layer.v_bands)),
         )
-    console.print(table)
+    table.print(console)
     console.print("Predicted KL per token, in nats, if all of a context is packed:")
-    table = _table(None, ("bits", "of K", "of V"))
+    table = Figures(None, ("bits", "of K", "of V"))
     for bits, (keys, values) in report.costs.items():
-        table.add_row(bits, f"{keys:.4f}", f"{values:.4f}")
-    console.print(table)
+        table.add(bits, f"{keys:.4f}", f"{values:.4f}")
+    table.print(console)
     console.print(f"A recipe to try: int2.5:calibrated({report.file})", highlight=False, soft_wrap=True)
 
 
 def profile_report(console: Console, found: Profile) -> None:
     """A row for each layer, what is left with few full heads, and a recipe to paste."""
-    table = _table(f"{found.model}, {found.passages} x {found.tokens:,} tokens", headings(found))
+    table = Figures(f"{found.model}, {found.passages} x {found.tokens:,} tokens", headings(found))
     for row in layer_rows(found):
-        table.add_row(*row)
-    console.print(table)
+        table.add(*row)
+    table.print(console)
     console.print(
         f"sinks, last {found.recent}: part of the attention. breadth: tokens a head looks at.\n"
         "top 10%: what a tenth of the past holds if kept once, with all that is newer.\n"
@@ -279,30 +197,41 @@ def profile_report(console: Console, found: Profile) -> None:
         style="dim",
     )
     if found.retrieval is not None:
-        table = _table("KV heads that keep every token", ("", *(f"{check.full}" for check in found.retrieval.checks)))
-        table.add_row("answer tokens right", *(f"{check.answers:.0%}" for check in found.retrieval.checks))
-        table.add_row("KL on the text", *(_nats(check.kl) for check in found.retrieval.checks))
-        console.print(table)
+        table = Figures("KV heads that keep every token", ("", *(f"{check.full}" for check in found.retrieval.checks)))
+        table.add("answer tokens right", *(f"{check.answers:.0%}" for check in found.retrieval.checks))
+        table.add("KL on the text", *(_nats(check.kl) for check in found.retrieval.checks))
+        table.print(console)
     console.print(f"{found.suggestion.why[:1].upper()}{found.suggestion.why[1:]}.", highlight=False)
     console.print(f"A recipe to try: {found.suggestion.recipe}", highlight=False, soft_wrap=True)
 
 
 def training_report(console: Console, report: TrainingReport) -> None:
-    """How well each head's scores are foretold on held-out passages, and a recipe to paste."""
+    """How well each head's scores are predicted on held-out passages, and a recipe to paste if that is good enough."""
     size = format_bytes(report.bytes)
-    console.print(f"Learnt from {report.tokens:,} tokens, judged on {report.held_out:,} of them; {size}.\n")
-    table = _table(None, ("layer", "head", "map", "R²", "Spearman"))
+    console.print(f"Learned from {report.tokens:,} tokens, judged on {report.held_out:,} of them; {size}.\n")
+    table = Figures(None, ("layer", "head", "map", "R²", "Spearman"))
     for layer in report.layers:
         for number, head in enumerate(layer.heads):
-            table.add_row(str(layer.layer), str(number), layer.kind, f"{head.r2:.3f}", f"{head.spearman:.3f}")
-    console.print(table)
-    console.print(f"A recipe to try: raw+learned({report.file},keep=0.25)", highlight=False, soft_wrap=True)
+            table.add(str(layer.layer), str(number), layer.kind, f"{head.r2:.3f}", f"{head.spearman:.3f}")
+    table.print(console)
+    if report.useful:
+        console.print(f"A recipe to try: raw+learned({report.file},keep=0.25)", highlight=False, soft_wrap=True)
+        return
+    console.print(
+        f"No recipe is recommended: on held-out passages the heads have a mean R² of {report.mean_r2:.3g}, and "
+        f"{LEAST_R2:g} is the least that is useful. R² is the share of the differences between tokens that the scorer "
+        "explains: 1 is all of it, 0 is no better than a constant, below 0 is worse.\n"
+        "Try more --tokens, a --text like the texts to be served, or longer passages (--length). "
+        "raw+kvzip(keep=0.25) needs no file.",
+        style="yellow",
+        highlight=False,
+    )
 
 
 def lm_eval_report(console: Console, outcome: Mapping[str, Any]) -> None:
     """The harness' tasks and metrics, a row each, with a column for each recipe: value ± standard error."""
     recipes: Mapping[str, Any] = outcome["recipes"]
-    table = _table(f"{outcome['model']}, lm-eval {outcome['lm_eval']}", ("", "metric", *recipes))
+    table = Figures(f"{outcome['model']}, lm-eval {outcome['lm_eval']}", ("", "metric", *recipes), names=2)
     results = {recipe: {**found["results"], **found.get("groups", {})} for recipe, found in recipes.items()}
     for task, metrics in next(iter(results.values())).items():
         for name in metrics:
@@ -310,9 +239,16 @@ def lm_eval_report(console: Console, outcome: Mapping[str, Any]) -> None:
             if comma and not metric.endswith("_stderr"):
                 error = f"{metric}_stderr,{kind}"
                 figures = (_harness_value(found[task].get(name), found[task].get(error)) for found in results.values())
-                table.add_row(task, metric if kind == "none" else f"{metric} ({kind})", *figures)
-    table.add_row("", "cache at most", *(format_bytes(found["kv_peak_bytes"]) for found in recipes.values()))
-    console.print(table)
+                table.add(task, metric if kind == "none" else f"{metric} ({kind})", *figures)
+    table.add("", "cache at most", *(format_bytes(found["kv_peak_bytes"]) for found in recipes.values()))
+    table.print(console)
+    if idle := [f"{recipe}: {', '.join(found['idle'])}" for recipe, found in recipes.items() if found.get("idle")]:
+        console.print(
+            "These methods left nothing out before any scored answer, so that its likelihoods are those of the full "
+            f"cache: {'; '.join(idle)}. Give longer prompts, or smaller numbers in the recipe.",
+            style="yellow",
+            highlight=False,
+        )
     if outcome["limit"] is not None:
         console.print(f"The first {outcome['limit']} documents of each task only: no result to publish.", style="dim")
 
@@ -356,13 +292,13 @@ def doctor_report(console: Console, found: Examination) -> None:
 
 
 def _print_self_test(console: Console, found: Examination) -> None:
-    table = _table("\nSelf-test: error against the float32 reference", ("", *STORAGES))
+    table = Figures("\nSelf-test: error against the float32 reference", ("", *STORAGES))
     for kernel in dict.fromkeys(test.kernel for test in found.tests):
         tests = {test.storage: test for test in found.tests if test.kernel == kernel}
         style = {True: "green", False: "bold red"}
         cells = (f"[{style[test.passed]}]{test.error:.1e}[/]" for test in (tests[storage] for storage in STORAGES))
-        table.add_row(kernel, *cells)
-    console.print(table)
+        table.add(kernel, *cells)
+    table.print(console)
     if found.passed:
         console.print("Every kernel agrees with the reference.", style="green")
     for test in found.tests:

@@ -38,6 +38,8 @@ class Retriever:
         self._first = [sum(layer < method.dense for layer in group.layers) for group in groups]
         self._known: list[tuple[object, _Tables | None] | None] = [None] * len(groups)
         self._audit: RetrievalAudit | None = None
+        self.selections = 0
+        """Forwards of groups of layers in which pages were chosen so far."""
 
     def selected(self, g: int, key: object, sequences: Sequence[SequencePages], starts: np.ndarray) -> Selected | None:
         """How sequences with one new token each, at positions ``starts [n]``, read their pages in a group; None if they
@@ -53,6 +55,7 @@ class Retriever:
             known = self._known[g] = ((key, ends), self._tables(g, sequences, starts))
         if known[1] is None:
             return None
+        self.selections += 1
         positions = torch.from_numpy(starts).to(stores.raw.arena.device)
         candidates = tuple(
             replace(each, positions=positions if each.rows is None else positions[each.rows])

@@ -41,8 +41,7 @@ def test_what_is_left_out_costs_something_and_what_is_read_costs_nothing(model: 
     contestants = recipe_contestants(model, [ALL, FEW, LATER])
     raw, whole, *others = evaluate(contestants, contestants[0], work)
     assert raw.kl_mean == 0
-    assert whole.kl_mean == pytest.approx(0, abs=1e-6)
-    assert whole.top1_agreement == 1
+    assert whole.kl_mean is None  # nothing was left out: what would be measured is the full cache
     for row in others:
         assert row.kl_mean > 1e-4, row.contestant
         assert row.generation is not None

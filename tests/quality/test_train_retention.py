@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -15,10 +18,11 @@ from transformers import PreTrainedModel
 from kvfold.engine.loading import load
 from kvfold.errors import ModelError, RequestError, UnsupportedError
 from kvfold.geometry import Geometry
-from kvfold.quality.train_retention import TrainingReport, train_retention, training_passages
+from kvfold.quality.train_retention import HeadFit, LayerFit, TrainingReport, train_retention, training_passages
 from kvfold.quality.train_retention.collect import LayerPairs, collect
 from kvfold.quality.train_retention.fit import fit_layer, log_scores
 from kvfold.recipe import Recipe
+from kvfold.report import training_report
 from kvfold.retention.scorer import Scorer, TokenMap
 from tests.calibrations import tiny, tokens
 from tests.command import Done, command
@@ -119,11 +123,55 @@ def test_what_cannot_be_learnt_from_is_refused(model: PreTrainedModel, tmp_path:
     assert "--length" in refused.value.hint
     with pytest.raises(RequestError, match="nothing"):
         train_retention(model, [PASSAGES[0], []], tmp_path / "s")
-    with pytest.raises(UnsupportedError, match="every layer has a window"):
+    with pytest.raises(UnsupportedError, match="every layer that keeps a cache"):
         train_retention(tiny("mistral"), PASSAGES[:2], tmp_path / "s")
     with pytest.raises(ModelError, match="cannot write"):
         train_retention(model, PASSAGES[:2], tmp_path / "no" / "s", width=0)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_with_windows_only_is_refused_in_words_about_the_model(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError) as refused:
+        train_retention(tiny("mistral"), PASSAGES[:2], tmp_path / "s")
+    said = str(refused.value)
+    assert "kvzip" not in said
+    assert "mistral" in said
+    assert "every layer" in said
+    assert f"last {tiny('mistral').config.sliding_window} tokens" in said
+    assert "hint: " in said
+
+
+def report_of(*r2: float) -> TrainingReport:
+    heads = tuple(HeadFit(r2=value, spearman=0.5) for value in r2)
+    return TrainingReport("s.safetensors", 1280, 160, 4096, (LayerFit(0, "linear", heads),))
+
+
+@pytest.mark.parametrize(
+    ("r2", "useful"),
+    [
+        ((0.5, 0.6), True),
+        ((0.1, 0.1), True),
+        ((0.0, 0.09), False),
+        ((0.5, 0.6, 0.7, -217.0), False),
+        ((-0.2, 0.9), True),
+        ((math.nan, 0.9), False),
+        ((), False),
+    ],
+)
+def test_only_a_useful_scorer_is_recommended(r2: tuple[float, ...], useful: bool) -> None:
+    report = report_of(*r2)
+    console = Console(width=80, file=io.StringIO())
+    with console.capture() as capture:
+        training_report(console, report)
+    said = " ".join(capture.get().split())
+    assert report.as_json()["useful"] is useful
+    assert ("A recipe to try: raw+learned" in said) is useful
+    if not useful:
+        assert "No recipe is recommended" in said
+        assert "R²" in said
+        assert "--tokens" in said
+    if -217.0 in r2:
+        assert "-53.8" in said
 
 
 # == serving
@@ -339,7 +387,7 @@ def test_bad_input_is_one_error_with_a_hint(kvfold: Callable[..., Done], folder:
         (("--model", folder, "-o", tmp_path / "no" / "s"), "there is no folder"),
         (("--model", folder, "-o", tmp_path), "it is a folder"),
         (("--model", tmp_path / "none", "-o", tmp_path / "s"), "no model at"),
-        ((*good, "--text", tmp_path / "none"), "No such file"),
+        ((*good, "--text", tmp_path / "none"), "no such file"),
         ((*good, "--tokens", 64, "--length", 64), "one of them is held out"),
         ((*good, "--json", tmp_path / "no" / "j"), "there is no folder"),
     ):

@@ -94,7 +94,7 @@ def test_a_text_that_just_suffices(tmp_path: Path) -> None:
     assert len(work.passages[0]) == 764
 
 
-@pytest.mark.parametrize(("content", "says"), [(b"Gr\xfc\xdfe", "not UTF-8"), (None, "No such file")])
+@pytest.mark.parametrize(("content", "says"), [(b"Gr\xfc\xdfe", "not UTF-8"), (None, "no such file")])
 def test_a_text_that_cannot_be_read(tmp_path: Path, content: bytes | None, says: str) -> None:
     file = tmp_path / "text.txt"
     if content is not None:

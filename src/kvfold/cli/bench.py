@@ -74,8 +74,8 @@ def bench_decode_command(
         start(parsed)
         from kvfold.bench.decode import bench_decode, spare_positions
         from kvfold.bench.shapes import random_model
+        from kvfold.bench_report import bench_report
         from kvfold.engine.loading import load
-        from kvfold.report import bench_report
 
         if shape is not None:
             positions = context + steps + spare_positions(parsed)
@@ -127,7 +127,7 @@ def bench_attention_command(
 
         from kvfold.bench.attention import bench_attention
         from kvfold.bench.prefix import bench_prefix
-        from kvfold.report import attention_report, prefix_report
+        from kvfold.bench_report import attention_report, prefix_report
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         settings: dict[str, Any] = {"dtype": _dtype(dtype), "repeats": repeats, "seconds": seconds, "seed": seed}

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from kvfold.cli.methods import check_recipe
-from kvfold.cli.options import JsonOption, ModelOption, write_json
+from kvfold.cli.options import JsonOption, ModelOption, check_text, write_json
 from kvfold.cli.progress import counted_progress
 from kvfold.cli.start import start
 from kvfold.engine.request import SamplingParams
@@ -34,7 +34,9 @@ def _size(text: str | None) -> str | None:
 
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The prompt; '-' or nothing reads stdin.")] = None,
-    file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", callback=check_text, help="Read the prompt from a file.")
+    ] = None,
     model: ModelOption = "bundled",
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="raw, int8, int4, int2, k8v4,recent=128, ...")] = "raw",
     kv_memory: Annotated[str | None, typer.Option(callback=_size, help="Hard budget for the cache, e.g. 2GiB.")] = None,

@@ -83,8 +83,8 @@ def check_dtype_option(name: str | None) -> str | None:
 
 def check_text(file: Path | None) -> Path | None:
     """``file``, which can be read as a text, or None; RequestError otherwise."""
-    if file is not None:
-        read_text(file)
+    if file is not None and not read_text(file).strip():
+        raise RequestError(f"text {file}", why="it is empty", hint="give a plain text file in UTF-8")
     return file
 
 

@@ -45,11 +45,12 @@ def train_retention_command(
 
         from kvfold.engine.loading import load
         from kvfold.geometry import Geometry
-        from kvfold.quality.train_retention import train_retention, training_passages
+        from kvfold.quality.train_retention import check_trainable, train_retention, training_passages
         from kvfold.replay import INSTRUCTION
         from kvfold.report import training_report
 
         loaded, tokenizer = load(model, dtype=torch.float32)
+        check_trainable(loaded)
         geometry = Geometry.from_config(loaded.config)
         length = min(length, geometry.max_positions // 2)
         passages = training_passages(tokenizer, text=wanted, tokens=tokens, length=length, seed=seed)

@@ -8,9 +8,7 @@ from typing import Final, Protocol
 
 from torch import Tensor
 
-from kvfold.recipe import Recipe
-
-__all__ = ["PREFILL_TOKENS", "SCORED_TOKENS", "Contestant", "Forced", "scored_tokens"]
+__all__ = ["PREFILL_TOKENS", "SCORED_TOKENS", "Contestant", "Forced"]
 
 PREFILL_TOKENS: Final = 8192
 """Tokens of one forward while a prompt goes in: nearly every prompt in one, as ``generate()`` does it."""
@@ -21,25 +19,20 @@ decoding sees.
 """
 
 
-def scored_tokens(recipe: Recipe) -> int:
-    """Tokens of one forward behind the prompt under ``recipe``: one where retrieval chooses what is read, which it does
-    for a single token only; a chunk would read everything, and measure an error of zero.
-    """
-    return SCORED_TOKENS if recipe.retrieval is None else 1
-
-
 @dataclass(frozen=True, slots=True)
 class Forced:
     """What came of tokens that were given, not generated.
 
     ``logits [N, V]``, float32: row ``i`` is the distribution after ``tokens[score_from + i]``. ``kv_bytes``: what the
     cache held allocated at the end of the tokens. ``decode_tok_s``: from the median of the timed greedy steps behind
-    them; 0 if there were none.
+    them; 0 if there were none. ``idle``: methods of the recipe that never acted on these tokens, for which the logits
+    therefore say nothing (see `kvfold.quality.forwards`).
     """
 
     logits: Tensor
     kv_bytes: int
     decode_tok_s: float
+    idle: tuple[str, ...] = ()
 
 
 class Contestant(Protocol):
@@ -61,7 +54,8 @@ class Contestant(Protocol):
 
     def force(self, tokens: Sequence[int], *, score_from: int, decode_steps: int = 0) -> Forced:
         """``tokens[:score_from]`` is the prompt, goes in as one prefill (kvfold: in chunks of `PREFILL_TOKENS`), and is
-        compressed at its end; the rest goes in in chunks of `scored_tokens`, attending to the cache as it is stored.
+        compressed at its end; the rest goes in in chunks of `SCORED_TOKENS` (kvfold: see `kvfold.quality.forwards`),
+        attending to the cache as it is stored.
         """
 
     def generate(

@@ -50,7 +50,8 @@ class Answer:
 class DemoRow:
     """One recipe on the demo's document. ``compression``: bytes of ``raw`` over ``kv_bytes``, for the same tokens.
 
-    ``kl`` (nats, mean) and ``top1_agreement`` compare with ``raw`` over ``positions`` teacher-forced tokens.
+    ``kl`` (nats, mean) and ``top1_agreement`` compare with ``raw`` over ``positions`` teacher-forced tokens; None if
+    methods of the recipe (``idle``) never acted on them.
     """
 
     recipe: str
@@ -59,12 +60,13 @@ class DemoRow:
     decode_tok_s: float
     answers_right: int
     answers_total: int
-    kl: float
-    kl_p99: float
-    top1_agreement: float
+    kl: float | None
+    kl_p99: float | None
+    top1_agreement: float | None
     positions: int
     context_tokens: int
     answers: tuple[Answer, ...]
+    idle: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, object]:
         """Plain data."""
@@ -120,12 +122,13 @@ def run_demo(
                     decode_tok_s=result.decode_tok_s,
                     answers_right=sum(answer.right for answer in answers),
                     answers_total=len(answers),
-                    kl=against.kl_mean,
-                    kl_p99=against.kl_p99,
-                    top1_agreement=against.top1,
+                    kl=None if result.idle else against.kl_mean,
+                    kl_p99=None if result.idle else against.kl_p99,
+                    top1_agreement=None if result.idle else against.top1,
                     positions=against.positions,
                     context_tokens=len(forced),
                     answers=answers,
+                    idle=result.idle,
                 )
             )
     return document, rows

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from kvfold.engine.runner import ModelRunner, SeqWork
-from kvfold.quality.contestant import PREFILL_TOKENS, Forced, scored_tokens
+from kvfold.quality.contestant import PREFILL_TOKENS, Forced
+from kvfold.quality.forwards import Watch, forwards
 from kvfold.rotary import Lengths
-from kvfold.rule import KeepRule
 
 __all__ = ["teacher_force"]
 
@@ -33,36 +33,26 @@ def teacher_force(
         raise ValueError(f"score_from={score_from} leaves no prompt or nothing to score of {len(tokens)} tokens")
     seq = runner.create()
     kept: list[Tensor] = []
-    rule = runner.cache.recipe.rule
+    recipe, watch = runner.cache.recipe, Watch(runner.cache)
+    rule = recipe.rule
     whole = Lengths.whole(len(tokens) + decode_steps)  # rotary factors as in one forward
     try:
-        for start, stop in _chunks(len(tokens), score_from, rule, scored_tokens(runner.cache.recipe)):
+        for start, stop in forwards(recipe, len(tokens), prompt=score_from, prefill=PREFILL_TOKENS):
             watched = rule is not None and rule.next_point(start, score_from) is not None
             work = SeqWork(seq, tokens[start:stop], start, b"", sample=True, watched=watched, lengths=whole)
             if start < score_from:
                 runner.execute([work])
             else:
+                watch.before_scoring()
                 kept.append(runner.execute_all(work))
             if rule is not None and rule.next_point(start, score_from) == stop:
                 runner.retain(seq, tokens[:stop], final=not rule.every and stop >= score_from)
+        idle = watch.idle  # the timed steps are not scored
         kv_bytes = runner.cache.bytes_in_use()
         speed = _decode_speed(runner, seq, len(tokens), kept[-1][-1], decode_steps)
     finally:
         runner.free(seq)
-    return Forced(logits=torch.cat(kept), kv_bytes=kv_bytes, decode_tok_s=speed)
-
-
-def _chunks(length: int, score_from: int, rule: KeepRule | None, scored: int) -> Iterator[tuple[int, int]]:
-    """The forwards: the prompt as the engine prefills, then steps of ``scored`` tokens; none crosses a point of
-    retention.
-    """
-    start = 0
-    while start < length:
-        end, size = (score_from, PREFILL_TOKENS) if start < score_from else (length, scored)
-        point = None if rule is None else rule.next_point(start, score_from)
-        stop = min(start + size, end, point or end)
-        yield start, stop
-        start = stop
+    return Forced(logits=torch.cat(kept), kv_bytes=kv_bytes, decode_tok_s=speed, idle=idle)
 
 
 def _decode_speed(runner: ModelRunner, seq: int, length: int, logits: Tensor, steps: int) -> float:

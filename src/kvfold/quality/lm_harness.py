@@ -221,6 +221,7 @@ def _evaluate(
     return {
         **_plain(kept),
         "kv_peak_bytes": face.peak_bytes,
+        "idle": list(face.idle or ()),
         "seconds": seconds,
     }
 

@@ -23,10 +23,11 @@ from kvfold.available import available_memory
 from kvfold.engine import Engine, SamplingParams
 from kvfold.engine.loading import BUNDLED, load, parse_recipes
 from kvfold.engine.runner import ModelRunner
-from kvfold.errors import ModelError, RequestError
+from kvfold.errors import ModelError, RequestError, UnsupportedError
 from kvfold.formats import parse_bytes
 from kvfold.geometry import Geometry
 from kvfold.memory.capacity import budget_for
+from kvfold.quality.forwards import Watch
 from kvfold.quality.lm_options import sampling_params
 from kvfold.quality.lm_score import PREFILL_TOKENS, Likelihood, Scorer, Window, cut
 from kvfold.recipe import Recipe
@@ -106,6 +107,8 @@ class HarnessModel:
         self._device = self.model.device
         self.peak_bytes = 0
         """Most bytes of the cache that were in use at the end of any step so far."""
+        self.idle: tuple[str, ...] | None = None
+        """Methods of the recipe that acted on none of the likelihoods so far; None before the first."""
 
     # -- text
 
@@ -193,7 +196,16 @@ class HarnessModel:
         return found
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-probability of whole texts, in windows of ``max_length`` tokens where they are longer."""
+        """The log-probability of whole texts, in windows of ``max_length`` tokens where they are longer.
+
+        UnsupportedError for retention that runs only at the end of a prompt: these windows have none.
+        """
+        if (rule := self.recipe.rule) is not None and not rule.every:
+            why = f"all tokens of a window are scored, and {self.recipe.retention} drops none before a prompt ends"
+            hint = (
+                f"let it run while decoding: {self.recipe.retention.name}(budget=512)" if self.recipe.retention else ""
+            )
+            raise UnsupportedError("rolling likelihoods", why=why, hint=hint)
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
         windows: list[Window] = []
@@ -223,9 +235,12 @@ class HarnessModel:
         if not windows:
             return
         with self._runner(max(len(window.prompt) + len(window.inputs) for window in windows)) as runner:
+            watch = Watch(runner.cache)
             for scored in Scorer(runner).score(windows):
+                watch.before_scoring()
                 self.peak_bytes = max(self.peak_bytes, runner.cache.bytes_in_use())
                 yield scored
+            self.idle = watch.idle if self.idle is None else tuple(x for x in self.idle if x in watch.idle)
 
     @contextmanager
     def _runner(self, longest: int) -> Iterator[ModelRunner]:
@@ -243,7 +258,10 @@ class HarnessModel:
         """Bytes: ``kv_memory``, or what ``sequences`` of ``longest`` tokens need, within what may be taken."""
         if self._kv_memory is not None:
             return self._kv_memory
-        specs = [group_spec(group) for group in self._geometry.groups(self.recipe, self.model.dtype.itemsize)]
+        groups = self._geometry.groups(self.recipe, self.model.dtype.itemsize)
+        specs = [group_spec(group, recipe=self.recipe) for group in groups]
+        # A method of retention may have the context repeated, beside what there is.
+        sequences += self.recipe.retention is not None
         chunk = min(PREFILL_TOKENS, longest)
         needed = budget_for(specs, self.recipe.block_size, length=longest, chunk=chunk, sequences=sequences)
         return min(available_memory(self.model.device) // _SHARE, needed)

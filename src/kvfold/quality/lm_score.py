@@ -1,9 +1,9 @@
 """Log-likelihoods of given continuations, read from the cache as it is stored.
 
-The prompt goes in as the engine takes it, in chunks of `PREFILL_TOKENS`. Its last token and the continuation follow in
-chunks of `scored_tokens`, so that every scored position attends to what the recipe has made of its past, the first
-included. Prompts that begin alike share whole chunks, and continuations of one prompt share all of it: by forks, which
-hold the same stored bits, so a score does not depend on what else was asked.
+The prompt goes in as the engine takes it, in chunks of `PREFILL_TOKENS`, and retention runs at its end. Its last token
+and the continuation follow as `kvfold.quality.forwards` says, so that every scored position attends to what the recipe
+has made of its past, the first included. Prompts that begin alike share whole chunks, and continuations of one prompt
+share all of it: by forks, which hold the same stored bits, so a score does not depend on what else was asked.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kvfold.engine.runner import ModelRunner, SeqWork
 from kvfold.errors import CacheFullError, NumericsError
-from kvfold.quality.contestant import scored_tokens
+from kvfold.quality.forwards import forwards
 from kvfold.rotary import Lengths
 
 __all__ = ["PREFILL_TOKENS", "Likelihood", "Scorer", "Window", "cut"]
@@ -65,8 +65,10 @@ class Scorer:
 
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
-        self._scored = scored_tokens(runner.cache.recipe)
         self._kept: list[_Kept] = []  # each begins like the one after it
+        self._recipe = runner.cache.recipe
+        self._rule = self._recipe.rule
+        self._chunked = self._rule is not None and self._rule.chunk > 0
         self._lengths = Lengths.whole(0)  # what the rotary factors of the windows being scored follow from
 
     def score(self, windows: Sequence[Window]) -> Iterator[tuple[int, Likelihood]]:
@@ -88,7 +90,9 @@ class Scorer:
         try:
             for i, group in enumerate(groups):
                 self._forget(shared[i])
-                seq = self._prefill(prompts[i], keep=shared[i + 1] // PREFILL_TOKENS * PREFILL_TOKENS)
+                # With points of retention inside a prompt, its chunks depend on where it ends.
+                keep = 0 if self._chunked else shared[i + 1] // PREFILL_TOKENS * PREFILL_TOKENS
+                seq = self._prefill(prompts[i], keep=keep)
                 try:
                     yield from self._continue(seq, windows, group)
                 finally:
@@ -100,12 +104,15 @@ class Scorer:
         """A sequence that holds ``prompt``; its first ``keep`` tokens are kept for the prompts to come."""
         length, seq = self._begin()
         try:
-            for start in range(length, len(prompt), PREFILL_TOKENS):
-                tokens = prompt[start : start + PREFILL_TOKENS]
-                work = [SeqWork(seq=seq, tokens=tokens, start=start, salt=b"", sample=False, lengths=self._lengths)]
+            whole = len(prompt)
+            for start, stop in forwards(self._recipe, whole, prompt=whole, prefill=PREFILL_TOKENS, start=length):
+                work = [self._work(seq, prompt[start:stop], start, whole, sample=False)]
                 self._with_room(partial(self._runner.execute, work))
-                if start + PREFILL_TOKENS == keep:
+                if stop == keep:
                     self._kept.append(_Kept(keep, self._fork(seq)))
+                self._retain(seq, prompt[:stop], start, whole)
+            if length == whole > 0:  # all of it was kept, as it was before retention
+                self._retain(seq, prompt, whole - 1, whole)
         except BaseException:
             self._runner.free(seq)
             raise
@@ -126,21 +133,32 @@ class Scorer:
         for inputs, members in groupby(group, key=lambda i: windows[i].inputs):
             fork = self._fork(seq)
             try:
-                logits = torch.cat(
-                    [
-                        self._feed(fork, inputs[start : start + self._scored], length + start)
-                        for start in range(0, len(inputs), self._scored)
-                    ]
-                )
+                logits = torch.cat(list(self._feed(fork, (*windows[group[0]].prompt, *inputs), length)))
             finally:
                 self._runner.free(fork)
             for i in members:
                 yield i, _likelihood(logits, windows[i].targets)
 
-    def _feed(self, seq: int, tokens: Sequence[int], start: int) -> Tensor:
-        """The logits of ``tokens``."""
-        work = SeqWork(seq=seq, tokens=tokens, start=start, salt=b"", sample=True, lengths=self._lengths)
-        return self._with_room(partial(self._runner.execute_all, work))
+    def _feed(self, seq: int, tokens: Sequence[int], prompt: int) -> Iterator[Tensor]:
+        """The logits of ``tokens`` from ``prompt`` on; those before are in ``seq``."""
+        length = len(tokens)
+        for start, stop in forwards(self._recipe, length, prompt=prompt, prefill=PREFILL_TOKENS, start=prompt):
+            work = self._work(seq, tokens[start:stop], start, prompt, sample=True)
+            yield self._with_room(partial(self._runner.execute_all, work))
+            if stop < length:
+                self._retain(seq, tokens[:stop], start, prompt)
+
+    def _work(self, seq: int, tokens: Sequence[int], start: int, prompt: int, *, sample: bool) -> SeqWork:
+        watched = self._rule is not None and self._rule.next_point(start, prompt) is not None
+        lengths = self._lengths
+        return SeqWork(seq=seq, tokens=tokens, start=start, salt=b"", sample=sample, watched=watched, lengths=lengths)
+
+    def _retain(self, seq: int, tokens: Sequence[int], start: int, prompt: int) -> None:
+        """Runs retention if ``tokens``, the last of them read by a forward from ``start`` on, end at a point of it."""
+        rule, length = self._rule, len(tokens)
+        if rule is not None and rule.next_point(start, prompt) == length:
+            final = not rule.every and length >= prompt
+            self._with_room(partial(self._runner.retain, seq, tokens, final=final))
 
     def _fork(self, seq: int) -> int:
         return self._with_room(partial(self._runner.fork, seq))

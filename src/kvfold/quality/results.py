@@ -34,16 +34,16 @@ class Generation:
     """Long generation: raw's own greedy continuations of ``passages`` prompts, ``tokens`` tokens each.
 
     ``kl_mean``, ``kl_p99`` (nats) and ``top1_agreement``: those continuations teacher-forced under the contestant,
-    against raw. ``first_divergence``: median number of tokens after which the contestant's own free greedy generation
-    leaves raw's; ``tokens`` if it never does. ``ended_early``: passages in which raw had come to an end token by
-    itself; generation went on past it.
+    against raw; None as in `Row`. ``first_divergence``: median number of tokens after which the contestant's own free
+    greedy generation leaves raw's; ``tokens`` if it never does. ``ended_early``: passages in which raw had come to an
+    end token by itself; generation went on past it.
     """
 
     tokens: int
     passages: int
-    kl_mean: float
-    kl_p99: float
-    top1_agreement: float
+    kl_mean: float | None
+    kl_p99: float | None
+    top1_agreement: float | None
     first_divergence: float
     ended_early: int = 0
 
@@ -62,7 +62,8 @@ class Row:
 
     ``kv_bytes_per_token``: allocated bytes over tokens, at the end of the text passages; ``compression``: raw's bytes
     for the same tokens over its own. KL in nats, top-1 agreement, perplexity and its difference to raw: over
-    ``positions`` teacher-forced text tokens. ``kl_by_position``: (first position of a bin, mean KL in it).
+    ``positions`` teacher-forced text tokens; None if they are not measured, because methods of the recipe (``idle``)
+    never acted on the text: it is too short for them. ``kl_by_position``: (first position of a bin, mean KL in it).
     """
 
     contestant: str
@@ -71,17 +72,18 @@ class Row:
     bits_per_value: float | None
     kv_bytes_per_token: float
     compression: float
-    kl_mean: float
-    kl_p99: float
-    top1_agreement: float
-    ppl: float
-    ppl_delta: float
+    kl_mean: float | None
+    kl_p99: float | None
+    top1_agreement: float | None
+    ppl: float | None
+    ppl_delta: float | None
     positions: int
     decode_tok_s: float
     tasks: dict[str, TaskScore]
     generation: Generation | None
     kl_by_position: list[tuple[int, float]]
     errors: ErrorMap | None
+    idle: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -98,6 +100,7 @@ class Row:
         }
         fields["generation"] = None if generation is None else Generation(**generation)
         fields["errors"] = None if errors is None else ErrorMap(**errors)
+        fields["idle"] = tuple(fields.get("idle", ()))
         fields["kl_by_position"] = [(int(position), float(kl)) for position, kl in fields["kl_by_position"]]
         return cls(**fields)
 

@@ -25,6 +25,7 @@ def make_row(units: Units, who: Contestant) -> Row:
     ppl, raw_ppl = (math.exp(mean(_joined(each, "nll"))) for each in (texts, raw))
     kv_bytes, raw_bytes = (sum(text["kv_bytes"] for text in each) for each in (texts, raw))
     errors = journal.get(units.errors(who))
+    idle = _idle(texts)
     return Row(
         contestant=who.name,
         family=who.family,
@@ -32,17 +33,18 @@ def make_row(units: Units, who: Contestant) -> Row:
         bits_per_value=who.bits_per_value,
         kv_bytes_per_token=kv_bytes / sum(map(len, work.passages)),
         compression=raw_bytes / kv_bytes,
-        kl_mean=mean(kl),
-        kl_p99=quantile(kl, 0.99),
-        top1_agreement=mean(_joined(texts, "same")),
-        ppl=ppl,
-        ppl_delta=ppl - raw_ppl,
+        kl_mean=None if idle else mean(kl),
+        kl_p99=None if idle else quantile(kl, 0.99),
+        top1_agreement=None if idle else mean(_joined(texts, "same")),
+        ppl=None if idle else ppl,
+        ppl_delta=None if idle else ppl - raw_ppl,
         positions=len(kl),
         decode_tok_s=median([text["decode_tok_s"] for text in texts]),
         tasks={task: task_score(units.scores(task, who)) for task in work.settings.tasks},
         generation=_generation(units, who) if work.prompts else None,
-        kl_by_position=binned([text["kl"] for text in texts], work.score_from, _BINS),
+        kl_by_position=[] if idle else binned([text["kl"] for text in texts], work.score_from, _BINS),
         errors=None if errors is None else ErrorMap(**errors),
+        idle=idle,
     )
 
 
@@ -50,16 +52,22 @@ def _generation(units: Units, who: Contestant) -> Generation:
     work, journal = units.workload, units.journal
     own, raw = journal[units.continued(who)], journal[units.continued(units.reference)]
     follows = [journal[units.follow(i, who)] for i in range(len(work.prompts))]
-    kl = _joined(follows, "kl")
+    kl, idle = _joined(follows, "kl"), _idle(follows)
     return Generation(
         tokens=work.settings.generation_tokens,
         passages=len(work.prompts),
-        kl_mean=mean(kl),
-        kl_p99=quantile(kl, 0.99),
-        top1_agreement=mean(_joined(follows, "same")),
+        kl_mean=None if idle else mean(kl),
+        kl_p99=None if idle else quantile(kl, 0.99),
+        top1_agreement=None if idle else mean(_joined(follows, "same")),
         first_divergence=median([_common(mine, raws) for mine, raws in zip(own, raw, strict=True)]),
         ended_early=sum(bool(work.stop.intersection(tokens)) for tokens in raw),
     )
+
+
+def _idle(results: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """Methods that acted in none of the results: then its figures would be those of a cache without the method."""
+    never = set.intersection(*(set(result.get("idle", ())) for result in results))
+    return tuple(sorted(never))
 
 
 def _joined(results: Sequence[dict[str, Any]], name: str) -> list[float]:

@@ -18,6 +18,7 @@ from kvfold.errors import NumericsError
 from kvfold.geometry import Geometry
 from kvfold.quality.contestant import Contestant, Forced
 from kvfold.quality.error_map import KeysAndValues, error_map, keys_and_values
+from kvfold.quality.forwards import scored_tokens
 from kvfold.quality.journal import Journal
 from kvfold.quality.metrics import divergence, surprise
 from kvfold.quality.recipes import RecipeContestant
@@ -63,8 +64,9 @@ class Units:
         """In the order in which they are to be done: a unit may need the results of those before it."""
         work = self.workload
         for i, passage in enumerate(work.passages):
-            cost = len(passage) + work.settings.decode_steps * _STEP_COST
             for who in self.everyone:
+                steps = work.settings.decode_steps + _single_steps(who, len(passage) - work.score_from)
+                cost = len(passage) + steps * _STEP_COST
                 yield Unit(self.text(i, who), f"{who.name}: text {i + 1}", cost, partial(self._text, i, who))
         for task in work.settings.tasks:
             for start in range(0, work.settings.samples, _BATCH):
@@ -91,7 +93,8 @@ class Units:
         for i in range(len(prompts)):
             for who in self.everyone:
                 what = f"{who.name}: raw's continuation {i + 1}"
-                yield Unit(self.follow(i, who), what, tokens, partial(self._follow, i, who))
+                steps = tokens + _single_steps(who, tokens) * _STEP_COST
+                yield Unit(self.follow(i, who), what, steps, partial(self._follow, i, who))
 
     # -- names of results
 
@@ -128,7 +131,8 @@ class Units:
         forced = _forced(who, passage, first, steps)
         found = self._compare(f"text/{i}", who, forced.logits, passage, first)
         nll = surprise(forced.logits, passage[first + 1 :]).tolist()
-        return found | {"nll": nll, "kv_bytes": forced.kv_bytes, "decode_tok_s": forced.decode_tok_s}
+        seen = {"nll": nll, "kv_bytes": forced.kv_bytes, "decode_tok_s": forced.decode_tok_s}
+        return found | seen | {"idle": list(forced.idle)}
 
     def _answers(self, asked: Sequence[Question], room: int, who: Contestant) -> list[float]:
         contexts = [q.context_tokens for q in asked] if self.workload.settings.compress == "context" else None
@@ -145,11 +149,10 @@ class Units:
     def _follow(self, i: int, who: Contestant) -> dict[str, Any]:
         prompt = self.workload.prompts[i]
         tokens = [*prompt, *self.journal[self.continued(self.reference)][i]]
-        return self._compare(f"follow/{i}", who, _forced(who, tokens, len(prompt), 0).logits, tokens, len(prompt))
+        forced = _forced(who, tokens, len(prompt), 0)
+        return self._compare(f"follow/{i}", who, forced.logits, tokens, len(prompt)) | {"idle": list(forced.idle)}
 
-    def _compare(
-        self, what: str, who: Contestant, logits: Tensor, tokens: Sequence[int], first: int
-    ) -> dict[str, list[float]]:
+    def _compare(self, what: str, who: Contestant, logits: Tensor, tokens: Sequence[int], first: int) -> dict[str, Any]:
         """KL and agreement at each position, against the reference's logits, which are held or made again."""
         if who is self.reference:
             self._held = (what, logits)
@@ -164,6 +167,11 @@ class Units:
             self._kv = keys_and_values(who.model, self.workload.passages[0])
         found = error_map(Geometry.from_config(who.model.config), who.recipe, self._kv)
         return None if found is None else asdict(found)
+
+
+def _single_steps(who: Contestant, scored: int) -> int:
+    """Forwards of one token that scoring takes."""
+    return scored if isinstance(who, RecipeContestant) and scored_tokens(who.recipe) == 1 else 0
 
 
 def _forced(who: Contestant, tokens: Sequence[int], score_from: int, steps: int) -> Forced:

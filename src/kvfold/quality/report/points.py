@@ -125,11 +125,12 @@ def measures(rows: Sequence[Row]) -> list[Measure]:
     """Every measure that at least one row has."""
     tasks = common_tasks(rows)
 
-    def kl(row: Row) -> tuple[float, float, float]:
-        return row.kl_mean, row.kl_mean, row.kl_mean
+    def kl(row: Row) -> tuple[float, float, float] | None:
+        return None if row.kl_mean is None else (row.kl_mean,) * 3
 
     def generated(row: Row) -> tuple[float, float, float] | None:
-        return (row.generation.kl_mean,) * 3 if row.generation is not None else None
+        mean = None if row.generation is None else row.generation.kl_mean
+        return None if mean is None else (mean,) * 3
 
     def scored(row: Row) -> tuple[float, float, float] | None:
         if not tasks or not row.tasks:

@@ -18,6 +18,7 @@ __all__ = ["facts_table", "standing_table", "summary_table", "task_table"]
 
 _LONG = 36  # a name of more letters is broken into lines
 _NOTHING = '<td class="none">–</td>'
+_NOT_MEASURED = '<td class="none" title="the text is too short for the method to leave anything out">not measured</td>'
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,8 @@ class _Column:
     read: Callable[[Row], float | None]
     text: Callable[[float], str]
     better: int
+    scored: bool = False
+    """Read off given text, so that a method may never have acted on it (`Row.idle`)."""
 
 
 def _signed(value: float) -> str:
@@ -36,7 +39,11 @@ def _signed(value: float) -> str:
 
 def _columns(tasks: Sequence[str]) -> list[_Column]:
     def generation(name: str) -> Callable[[Row], float | None]:
-        return lambda row: None if row.generation is None else float(getattr(row.generation, name))
+        def read(row: Row) -> float | None:
+            value = getattr(row.generation, name, None)
+            return None if value is None else float(value)
+
+        return read
 
     def score(row: Row) -> float | None:
         return sum(row.tasks[task].score for task in tasks) / len(tasks) if tasks and row.tasks else None
@@ -48,11 +55,11 @@ def _columns(tasks: Sequence[str]) -> list[_Column]:
         _Column("bits a\u00a0value", lambda row: row.bits_per_value, lambda value: f"{value:.2f}", -1),
         _Column("bytes a\u00a0token", lambda row: row.kv_bytes_per_token, lambda value: f"{value:,.0f}", -1),
         _Column("compression", lambda row: row.compression, lambda value: f"{value:.2f} ×", 1),
-        _Column("mean KL", lambda row: row.kl_mean, number_text, -1),
-        _Column("99th pct. KL", lambda row: row.kl_p99, number_text, -1),
-        _Column("same top token", lambda row: row.top1_agreement, percent, 1),
-        _Column("perplexity, change", lambda row: row.ppl_delta, _signed, 0),
-        _Column("KL, long generation", generation("kl_mean"), number_text, -1),
+        _Column("mean KL", lambda row: row.kl_mean, number_text, -1, scored=True),
+        _Column("99th pct. KL", lambda row: row.kl_p99, number_text, -1, scored=True),
+        _Column("same top token", lambda row: row.top1_agreement, percent, 1, scored=True),
+        _Column("perplexity, change", lambda row: row.ppl_delta, _signed, 0, scored=True),
+        _Column("KL, long generation", generation("kl_mean"), number_text, -1, scored=True),
         _Column("first divergence, token", generation("first_divergence"), lambda value: f"{value:,.0f}", 1),
         _Column("mean task\u00a0score", score, lambda value: f"{value:.3f}", 1),
         _Column("decode, tokens/s", lambda row: row.decode_tok_s or None, lambda value: f"{value:,.1f}", 1),
@@ -72,13 +79,19 @@ def summary_table(rows: Sequence[Row], families: Iterable[str], fronts: Mapping[
             cells = []
             for column, top in zip(columns, best, strict=True):
                 value = _finite(column.read(row))
-                mark = ' class="best"' if value is not None and column.text(value) == top and row.kl_mean > 0 else ""
-                cells.append(_NOTHING if value is None else f"<td{mark}>{escape(column.text(value))}</td>")
+                mark = ' class="best"' if value is not None and column.text(value) == top and not _is_full(row) else ""
+                nothing = _NOT_MEASURED if column.scored and row.idle else _NOTHING
+                cells.append(nothing if value is None else f"<td{mark}>{escape(column.text(value))}</td>")
             marks = {"ours": family == OURS, "front": row.contestant in on_front, "long": len(row.contestant) > _LONG}
             named = " ".join(mark for mark, holds in marks.items() if holds)
             start = ' class="first"' if place == 0 else ""
             body.append(f'<tr{start}><th class="{named}">{escape(row.contestant)}</th>{"".join(cells)}</tr>')
     return _scroll(f"<thead><tr><th>contestant</th>{head}</tr></thead><tbody>{''.join(body)}</tbody>")
+
+
+def _is_full(row: Row) -> bool:
+    """Whether it is raw or its equal, which the best values are not chosen from; so is what never acted."""
+    return row.kl_mean is None or row.kl_mean == 0
 
 
 def _finite(value: float | None) -> float | None:
@@ -87,7 +100,7 @@ def _finite(value: float | None) -> float | None:
 
 def _best(column: _Column, rows: Sequence[Row]) -> str | None:
     """The best value as its text: what looks equal is marked alike. None if there is nothing to choose from."""
-    values = [value for row in rows if row.kl_mean > 0 and (value := _finite(column.read(row))) is not None]
+    values = [value for row in rows if not _is_full(row) and (value := _finite(column.read(row))) is not None]
     if not column.better or len(values) < 2:
         return None
     return column.text(max(values, key=lambda value: value * column.better))

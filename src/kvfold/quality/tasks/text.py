@@ -36,10 +36,8 @@ def read_text(file: Path | None) -> str:
     """The text of a UTF-8 file; without one, sources of Python's standard library."""
     if file is None:
         return heldout_text()
-    text = why = ""
     try:
-        text = file.read_text(encoding="utf-8")
-        why = "" if text.strip() else "it is empty"
+        return file.read_text(encoding="utf-8")
     except IsADirectoryError:
         why = "it is a folder"
     except FileNotFoundError:
@@ -48,9 +46,7 @@ def read_text(file: Path | None) -> str:
         why = "it is not UTF-8"
     except OSError as error:
         why = error.strerror or str(error)
-    if why:
-        raise RequestError(f"text {file}", why=why, hint="give a plain text file in UTF-8")
-    return text
+    raise RequestError(f"text {file}", why=why, hint="give a plain text file in UTF-8")
 
 
 def heldout_text() -> str:

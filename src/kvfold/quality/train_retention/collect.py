@@ -21,10 +21,13 @@ from kvfold.retention.method import Notes, RetentionMethod, Seen
 from kvfold.retention.methods.kvzip import KVzip
 from kvfold.retention.view import LayerView
 
-__all__ = ["LayerPairs", "collect", "training_passages"]
+__all__ = ["TEACHER", "LayerPairs", "collect", "training_passages"]
 
 _HELD_BYTES: Final = 2 << 30
 """Of all hidden states; of longer texts, as many tokens of each passage are drawn as fit."""
+
+TEACHER: Final = "raw+kvzip(keep=1.0)"
+"""The recipe whose scores are learned."""
 
 _SCALE_LIMIT: Final = 6e4  # of numbers held in half precision
 
@@ -90,7 +93,7 @@ def collect(
     if not passages or not all(passages):
         raise RequestError("training on nothing", why="there are no passages, or empty ones")
     geometry = Geometry.from_config(model.config)
-    recipe = Recipe.parse("raw+kvzip(keep=1.0)")
+    recipe = Recipe.parse(TEACHER)
     cache = PagedCache(geometry, recipe, dtype=model.dtype, device=model.device, prefix_caching=False)
     watched = sum(layer.stores and layer.window is None for layer in geometry.layers)
     share = min(1.0, _HELD_BYTES / (sum(map(len, passages)) * watched * geometry.hidden * 2))
