@@ -345,8 +345,8 @@ class Retainer:
             return found
 
         facts = self._facts.get(layer)
-        latent, whole = group.kind == "latent", kept is None
-        return LayerView(layer, index, parts, facts, slice(sinks, stop), fresh, latent=latent, whole=whole)
+        latent, replaced = group.kind == "latent", None if kept is None else sinks + older
+        return LayerView(layer, index, parts, facts, slice(sinks, stop), fresh, latent=latent, replaced=replaced)
 
     def _part(self, group: GroupPages, store: PageStore, index: int, blocks: Blocks, stop: int) -> PagePart:
         """The columns before position ``stop`` of ``blocks``, which follow each other without a gap."""

@@ -613,10 +613,13 @@ def random_group(draw: random.Random) -> GroupSpec:
     )
 
 
-def walk(seed: int, steps: int) -> World:
-    """A long life under pressure: prompts that begin alike, forks, rollbacks, requests that end."""
+def walk(seed: int, steps: int, **changes: object) -> World:
+    """A long life under pressure: prompts that begin alike, forks, rollbacks, requests that end. ``changes``: to groups
+    without a window.
+    """
     draw = random.Random(seed)
     groups = [random_group(draw) for _ in range(draw.randint(1, 3))]
+    groups = [replace(group, **changes) if group.kind == "full" else group for group in groups]
     growable = draw.random() < 0.2
     world = World(groups, draw.randint(1, 4), draw.randint(20, 400), growable=growable, caching=draw.random() < 0.9)
     prompts = [[draw.randint(0, 2) for _ in range(draw.randint(5, 60))] for _ in range(4)]
@@ -661,3 +664,8 @@ def walk(seed: int, steps: int) -> World:
 @pytest.mark.parametrize("seed", range(24))
 def test_a_long_life(seed: int) -> None:
     walk(seed, 150).end()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_long_life_in_which_retention_replaces_every_block(seed: int) -> None:
+    walk(seed, 120, sinks=0, recent=0, rule=KeepRule(keep=0.4)).end()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from kvfold import KVCache, SamplingParams
 from kvfold.errors import UnsupportedError
@@ -65,6 +67,46 @@ def test_beams_prompt_lookup_and_further_turns():
         assert cache._pages.retainer.stats.runs == turn + 1
         ids = torch.cat((ids, torch.tensor(prompts_of(40, seed=turn))), dim=1)
     cache._pages.manager.check()
+    cache.reset()
+    assert cache.kv_bytes == 0
+
+
+METHODS = [
+    "random(keep={})",
+    "streaming(keep={})",
+    "tova(keep={})",
+    "snapkv(keep={})",
+    "adakv(snapkv,keep={})",
+    "pyramidkv(snapkv,keep={})",
+    "criticalkv(snapkv,keep={})",
+    "h2o(keep={})",
+    "keydiff(keep={})",
+    "expected_attention(keep={})",
+    "kvzip(keep={})",
+    "keepkv(snapkv,keep={})",
+    "attention_matching(keep={})",
+]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    method=st.sampled_from(METHODS),
+    base=st.sampled_from(["raw", "int4", "int2"]),
+    protected=st.sampled_from(["sinks=0,recent=0", "sinks=4,recent=0", "sinks=0,recent=8", "sinks=8,recent=24"]),
+    keep=st.sampled_from([0.05, 0.3, 0.6]),
+    counts=st.lists(st.sampled_from([1, 2, 3, 7, 8, 17, 40]), min_size=1, max_size=6),
+)
+@example(method=METHODS[1], base="raw", protected="sinks=0,recent=0", keep=0.3, counts=[40, 2, 2])
+@example(method=METHODS[3], base="raw", protected="sinks=0,recent=8", keep=0.3, counts=[40, 40, 3, 3])
+@example(method=METHODS[12], base="raw", protected="sinks=0,recent=8", keep=0.05, counts=[40])
+def test_further_turns_go_on_however_little_was_kept(method, base, protected, keep, counts):
+    cache = KVCache(MODEL, f"{base},block=8,{protected}+{method.format(keep)}", check=False)
+    for seed, count in enumerate([24, *counts]):
+        with torch.no_grad():
+            logits = MODEL(torch.tensor(prompts_of(count, seed=seed)), past_key_values=cache).logits
+        assert logits.isfinite().all()
+        cache._pages.manager.check()
+    assert cache.get_seq_length() == 24 + sum(counts)
     cache.reset()
     assert cache.kv_bytes == 0
 

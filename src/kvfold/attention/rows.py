@@ -77,12 +77,13 @@ def _attend_few(
     wide = call.latent.query(q) if call.latent is not None else q
     if few.selected is not None and layer_in_group >= few.selected.first_layer:
         return attend_selected(wide, layer_in_group, few.selected, few.walks, call, registry)
-    piece = attend_decode(wide, layer_in_group, few.walks, call, registry)
-    if few.queries == 1:
-        return piece
-    if few.rows is not None:
-        k, v = k.index_select(0, few.rows), v.index_select(0, few.rows)
-    return merge([piece, attend_fresh(q, k, v, few.queries, call, registry)])
+    # Without walks, retention has left nothing of any past.
+    pieces = [attend_decode(wide, layer_in_group, few.walks, call, registry)] if few.walks else []
+    if few.queries > 1:
+        if few.rows is not None:
+            k, v = k.index_select(0, few.rows), v.index_select(0, few.rows)
+        pieces.append(attend_fresh(q, k, v, few.queries, call, registry))
+    return merge(pieces)
 
 
 def _finish(piece: Piece, call: LayerCall, dtype: torch.dtype) -> Tensor:

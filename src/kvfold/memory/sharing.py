@@ -177,7 +177,7 @@ def truncate(books: Books, seq: SeqId, length: int) -> tuple[Unseal, ...]:
     for group, table in enumerate(state.tables):
         books.drop_tail(group, table, keep)
         table.packed_end = min(table.packed_end, length // size)
-        if not table.ids:
+        if not table.ids and not table.gap:
             table.first = keep
         table.view = None
     allowance = books.allowance(need)

@@ -253,7 +253,7 @@ def commit(
             del table.ids[:released]
             table.first += released
             books.entries -= released
-        if not table.ids:
+        if not table.ids and not table.gap:  # what retention has replaced still stands in front
             table.first = table.more_first if table.more else job.live
         table.ids.extend(table.more)
         table.more = array("q")

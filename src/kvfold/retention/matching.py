@@ -79,6 +79,8 @@ def fit_factors(a: Tensor, mass: Tensor, low: float, high: float) -> Tensor:
 
     Columns are scaled to one norm, else the few great ones set the pace; a column of zeros keeps the common factor.
     """
+    if not a.shape[1]:
+        return a.new_zeros(0)
     plain = a.sum(1)
     common = (plain @ mass / (plain @ plain).clamp_min(_TINY)).clamp(low, high)
     norm = a.norm(dim=0)

@@ -49,8 +49,8 @@ class LayerFacts:
 class LayerView:
     """See the module. ``parts`` gives all pages, in order of columns; ``fresh``: keys and values ``[T, H, D]`` of
     tokens that come behind them and are in no page yet. ``candidates``: the columns that may be dropped. ``latent``:
-    whether the layer keeps latents (see `LayerFacts`). ``whole``: whether nothing has been dropped so far, so that a
-    column's number is its position.
+    whether the layer keeps latents (see `LayerFacts`). ``replaced``: so many columns at the start are sinks and
+    what earlier retention kept; None: nothing has been dropped so far.
     """
 
     def __init__(
@@ -63,10 +63,10 @@ class LayerView:
         fresh: tuple[Tensor, Tensor] | None = None,
         *,
         latent: bool = False,
-        whole: bool = True,
+        replaced: int | None = None,
     ) -> None:
         self.layer = layer
-        self.whole = whole
+        self._replaced = replaced
         self.candidates = candidates
         self._in_group = layer_in_group
         self._give_parts = parts
@@ -101,6 +101,16 @@ class LayerView:
     def columns(self) -> int:
         """Columns in all."""
         return sum(part.columns for part in self._parts) + (0 if self._fresh is None else self._fresh[0].shape[0])
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing has been dropped so far, so that a column's number is its position."""
+        return self._replaced is None
+
+    @property
+    def latest(self) -> int:
+        """How many of the latest positions have columns of their own, the last ones: none of those was dropped."""
+        return self.columns - (self._replaced or 0)
 
     @property
     def device(self) -> torch.device:

@@ -3,7 +3,8 @@
 ``a[h, g, w, i]``: attention weights of the latest ``W`` queries (``window``), by KV head ``h`` and the query heads
 ``g`` of its group; ``s[h, i] = pool_i mean_{g, w} a[h, g, w, i]`` with a mean pool over ``kernel`` neighbours. The
 queries see the question that is asked, so the result is the request's own. Frees all but the kept share, other tokens
-in every head. Weights are those over all that is still there.
+in every head. Weights are those over all that is still there, and queries those whose own tokens are there: fewer than
+``W`` if retention runs again soon.
 """
 
 from __future__ import annotations
@@ -45,6 +46,6 @@ class SnapKV(RetentionMethod):
 
     def score(self, view: LayerView, notes: Notes) -> Tensor:
         """Mean weights, pooled."""
-        queries = notes.values["queries"]
+        queries = notes.values["queries"][-max(1, view.latest) :]
         mass = torch.stack([weights.mean((0, 1)) for weights in view.weights(queries)])[:, view.candidates]
         return torch.nn.functional.avg_pool1d(mass, self.kernel, stride=1, padding=self.kernel // 2)
