@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 from functools import partial
@@ -12,6 +13,7 @@ import torch
 
 from kvfold import KVCache, SamplingParams
 from kvfold.errors import BudgetError, CacheFullError
+from kvfold.formats import parse_bytes
 from tests.engine.tiny_engine import VOCAB, engine_of, tiny_model
 
 MODEL = tiny_model()
@@ -108,6 +110,28 @@ def test_a_full_drop_in_cache_says_what_fits(recipe: str) -> None:
     assert needed, text
     _forward(roomy := KVCache(MODEL, recipe, kv_memory=needed[1].replace(" ", "")), 2, 40)
     _forward(roomy, 2, 400)
+
+
+@pytest.mark.parametrize("recipe", ["raw", "int4,recent=32", "raw,recent=32+keydiff(keep=0.5)"])
+def test_the_budget_that_a_full_cache_asks_for_holds_the_other_copies_too(recipe: str) -> None:
+    def fill(cache: KVCache) -> list[KVCache]:
+        _forward(cache, 1, 70)
+        copies = [cache]
+        for _ in range(40):
+            copies.append(copy.deepcopy(cache))
+            _forward(copies[-1], 1, 90)
+        return copies
+
+    with pytest.raises(CacheFullError) as error:
+        fill(KVCache(MODEL, recipe, kv_memory="160KiB"))
+    needed = re.search(r"at least ([\d.]+ [KM]iB) for (\d+) x ([\d,]+) tokens", error.value.hint or "")
+    assert needed, str(error.value)
+    assert parse_bytes(needed[1].replace(" ", "")) > parse_bytes("160KiB")
+    roomy = KVCache(MODEL, recipe, kv_memory=needed[1].replace(" ", ""))
+    _forward(roomy, 1, 70)
+    copies = [copy.deepcopy(roomy) for _ in range(int(needed[2]) - 1)]
+    for each in copies:
+        _forward(each, 1, 90)
 
 
 def test_a_budget_that_holds_no_block_says_what_one_takes() -> None:

@@ -43,18 +43,23 @@ def available_memory(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     limits = [_meminfo() or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     limit, used = _number(_CGROUP / "memory.max"), _number(_CGROUP / "memory.current")
-    if limit is not None and used is not None:
-        limits.append(max(0, limit - used))
+    if limit is not None and used is not None:  # what is used includes files that were read: they are let go for others
+        limits.append(min(limit, max(0, limit - used + _entry(_CGROUP / "memory.stat", "inactive_file"))))
     return min(limits)
 
 
-def _meminfo() -> int | None:
-    if not _MEMINFO.is_file():
-        return None
-    for line in _MEMINFO.read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
+def _meminfo() -> int:
+    return _entry(_MEMINFO, "MemAvailable:") * 1024
+
+
+def _entry(file: Path, name: str) -> int:
+    """The number behind ``name`` in ``file``; 0 if there is none."""
+    if not file.is_file():
+        return 0
+    for line in file.read_text(encoding="ascii").splitlines():
+        if line.split()[:1] == [name]:
+            return int(line.split()[1])
+    return 0
 
 
 def _number(file: Path) -> int | None:

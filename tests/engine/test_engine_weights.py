@@ -73,6 +73,30 @@ def test_a_change_of_weights_is_noticed(change: Callable[[Any], None]) -> None:
         assert_idle(engine)
 
 
+class _InBuffers(torch.nn.Module):
+    """A linear layer with its weight in a buffer, as quantized layers have theirs."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.register_buffer("qweight", linear.weight.detach().clone())
+        self.register_buffer("scratch", torch.zeros(1), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.scratch += 1
+        return x @ self.qweight.mT
+
+
+def test_weights_in_buffers_are_watched_and_scratch_is_not() -> None:
+    model = tiny_model()
+    attention = model.model.layers[0].self_attn
+    attention.k_proj = _InBuffers(attention.k_proj)
+    with engine_of(model) as engine:
+        _said(engine)
+        assert _said(engine)[1] == 64
+        attention.k_proj.qweight.mul_(-1.5)
+        assert _said(engine) == (expected(model, PROMPT, 12), 0)
+
+
 def _adapted() -> tuple[Any, Any]:
     base = tiny_model()
     torch.manual_seed(3)
@@ -100,6 +124,10 @@ def test_adapters_that_are_switched_off_or_merged_are_noticed() -> None:
         assert _said(engine)[1] == 0
         peft.unmerge_adapter()
         assert _said(engine)[1] == 0
+        for layer in peft.modules():
+            if hasattr(layer, "scale_layer"):
+                layer.scale_layer(5.0)
+        assert _said(engine) == (expected(base, PROMPT, 12), 0)
         peft.delete_adapter("one")
         assert _said(engine) == (expected(base, PROMPT, 12), 0)
 

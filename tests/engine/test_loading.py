@@ -90,6 +90,8 @@ def test_memory_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     (tmp_path / "memory.current").write_text("400\n")
     monkeypatch.setattr(available, "_CGROUP", tmp_path)
     assert available_memory(device) == 600
+    (tmp_path / "memory.stat").write_text("anon 100\ninactive_file 250\nactive_file 50\n")
+    assert available_memory(device) == 850  # files that were read, such as weights, are let go when room is needed
     monkeypatch.setattr(available, "_MEMINFO", tmp_path / "none")
     (tmp_path / "memory.max").write_text("max\n")
     assert available_memory(device) > 2**20

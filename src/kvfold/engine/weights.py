@@ -10,8 +10,9 @@ __all__ = ["WeightsWatch"]
 
 
 class WeightsWatch:
-    """Notices changes of a model's parameters: other tensors, other memory, updates in place (torch counts them), and
-    adapters that are switched, merged or disabled (by the attributes that peft's layers have).
+    """Notices changes of a model's parameters and saved buffers (quantized weights often are): other tensors, other
+    memory, updates in place (torch counts them); and adapters that are switched, merged, disabled or scaled (by the
+    attributes that peft's layers have).
 
     What torch does not count is not noticed: writing through ``parameter.data``, and tensors made in inference mode.
     """
@@ -32,17 +33,26 @@ class WeightsWatch:
 
 
 class _Watched:
-    """The places where a model's modules keep parameters and children: walking the modules takes ten times as long."""
+    """The places where a model's modules keep parameters, buffers and children: walking the modules takes ten times as
+    long.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
         self._parameters = [module._parameters for module in modules if module._parameters]
+        # Buffers that are not saved, such as rotary frequencies, may change with every forward.
+        self._buffers = [
+            (module._buffers, names)
+            for module in modules
+            if (names := [name for name in module._buffers if name not in module._non_persistent_buffers_set])
+        ]
         self._children = [module._modules for module in modules if module._modules]
         self._adapted = [module for module in modules if hasattr(module, "merged_adapters")]
 
     def state(self) -> tuple[Hashable, ...]:
         """What is equal as long as nothing has changed."""
-        tensors = [p for each in self._parameters for p in each.values() if p is not None]
+        tensors: list[Tensor] = [p for each in self._parameters for p in each.values() if p is not None]
+        tensors += [b for each, names in self._buffers for name in names if (b := each.get(name)) is not None]
         return (
             tuple([(id(p), p.data_ptr(), _version(p)) for p in tensors]),
             tuple([id(child) for each in self._children for child in each.values()]),
@@ -56,4 +66,10 @@ def _version(tensor: Tensor) -> int:
 
 def _adapters(module: nn.Module) -> Hashable:
     active = getattr(module, "active_adapters", ())
-    return tuple(active), tuple(getattr(module, "merged_adapters", ())), getattr(module, "disable_adapters", False)
+    scaling = getattr(module, "scaling", None)
+    return (
+        tuple(active),
+        tuple(getattr(module, "merged_adapters", ())),
+        getattr(module, "disable_adapters", False),
+        tuple(scaling.items()) if isinstance(scaling, dict) else (),
+    )
