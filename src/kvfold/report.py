@@ -46,14 +46,13 @@ def demo_report(console: Console, document: Document, rows: Sequence[DemoRow], *
         "the questions) and is asked for each.\n"
     )
     _print_answers(console, rows, limit=None if answers else 3)
-    headings = ("recipe", "KV cache", "smaller", "tok/s", "answers", "mean KL", "top-1")
+    headings = ("recipe", "KV cache", "smaller", "answers", "mean KL", "top-1")
     table = Figures("The same questions, from caches of different size", headings)
     for row in rows:
         table.add(
             row.recipe,
             format_bytes(row.kv_bytes),
             f"{row.compression:.2f}x",
-            f"{row.decode_tok_s:.0f}",
             f"{row.answers_right} of {row.answers_total}",
             NOT_MEASURED if row.kl is None else f"{row.kl:.4f}",
             _share(row.top1_agreement),
@@ -61,9 +60,8 @@ def demo_report(console: Console, document: Document, rows: Sequence[DemoRow], *
     table.print(console)
     console.print(
         "KV cache: all blocks allocated for the text; sinks, recent window, scales,\n"
-        "slack and tables counted. tok/s: decoding one sequence at the end of the text.\n"
-        f"KL (nats) and top-1 agreement: against raw, on the same {first.positions:,} teacher-\n"
-        "forced tokens, through the runtime that serves.",
+        "slack and tables counted. KL (nats) and top-1 agreement: against raw, on the\n"
+        f"same {first.positions:,} teacher-forced tokens, through the runtime that serves.\n",
         style="dim",
     )
     _print_idle(console, [name for row in rows for name in row.idle], first.context_tokens)
