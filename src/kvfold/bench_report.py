@@ -12,7 +12,7 @@ from kvfold.bench.prefix import PrefixRow
 from kvfold.formats import format_bytes
 from kvfold.tables import Figures
 
-__all__ = ["attention_report", "bench_report", "prefix_report"]
+__all__ = ["attention_report", "bench_report", "demo_speed_report", "prefix_report"]
 
 
 def bench_report(console: Console, rows: Sequence[DecodeRow]) -> None:
@@ -45,6 +45,34 @@ def bench_report(console: Console, rows: Sequence[DecodeRow]) -> None:
     console.print(
         "Clocked in steps of their own. write path: new rows, sealing, commit.\n"
         "other: norms, rotary embedding, activations, tables, Python.",
+        style="dim",
+    )
+
+
+def demo_speed_report(console: Console, rows: Sequence[DecodeRow], why_not: str) -> None:
+    """Speed with many sequences, and why it is measured there; or why it is not measured."""
+    if not rows:
+        console.print(f"Speed was not measured: {why_not}.", style="dim", highlight=False)
+        return
+    first = rows[0]
+    fewest = min(row.samples for row in rows)
+    title = f"Decoding {first.batch} sequences of {first.context} tokens at once"
+    table = Figures(title, ("", "KV cache", "smaller", "ms/step", "tok/s", "vs transformers"))
+    for row in rows:
+        table.add(
+            row.contestant,
+            format_bytes(row.kv_bytes),
+            f"{row.compression:.2f}x",
+            f"{row.seconds * 1e3:.1f}",
+            f"{row.tok_s:,.0f}",
+            "" if row.vs is None else f"{row.vs:.2f}x",
+        )
+    table.print(console)
+    console.print(
+        "A step reads the weights once for all sequences, and each sequence's own cache.\n"
+        "One short sequence has little to read, so that a smaller cache saves no time;\n"
+        f"many or long ones have much. Measured in this run: whole steps, median of {fewest},\n"
+        "over random keys and values, after raw agreed with transformers.",
         style="dim",
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from rich.console import Console
@@ -15,7 +15,7 @@ from kvfold.quality.calibrate import CalibrationReport
 from kvfold.quality.demo import DemoRow
 from kvfold.quality.profile import Profile
 from kvfold.quality.profile.tables import headings, layer_rows
-from kvfold.quality.results import Evaluation, Row, TaskScore
+from kvfold.quality.results import Evaluation, Generation, Row, TaskScore
 from kvfold.quality.tasks import Document
 from kvfold.quality.train_retention import LEAST_R2, TrainingReport
 from kvfold.tables import Figures
@@ -46,14 +46,13 @@ def demo_report(console: Console, document: Document, rows: Sequence[DemoRow], *
         "the questions) and is asked for each.\n"
     )
     _print_answers(console, rows, limit=None if answers else 3)
-    headings = ("recipe", "KV cache", "smaller", "tok/s", "answers", "mean KL", "top-1")
+    headings = ("recipe", "KV cache", "smaller", "answers", "mean KL", "top-1")
     table = Figures("The same questions, from caches of different size", headings)
     for row in rows:
         table.add(
             row.recipe,
             format_bytes(row.kv_bytes),
             f"{row.compression:.2f}x",
-            f"{row.decode_tok_s:.0f}",
             f"{row.answers_right} of {row.answers_total}",
             NOT_MEASURED if row.kl is None else f"{row.kl:.4f}",
             _share(row.top1_agreement),
@@ -61,12 +60,11 @@ def demo_report(console: Console, document: Document, rows: Sequence[DemoRow], *
     table.print(console)
     console.print(
         "KV cache: all blocks allocated for the text; sinks, recent window, scales,\n"
-        "slack and tables counted. tok/s: decoding one sequence at the end of the text.\n"
-        f"KL (nats) and top-1 agreement: against raw, on the same {first.positions:,} teacher-\n"
-        "forced tokens, through the runtime that serves.",
+        "slack and tables counted. KL (nats) and top-1 agreement: against raw, on the\n"
+        f"same {first.positions:,} teacher-forced tokens, through the runtime that serves.\n",
         style="dim",
     )
-    _print_idle(console, [name for row in rows for name in row.idle], first.context_tokens)
+    _print_idle(console, (name for row in rows for name in row.idle))
 
 
 def _print_answers(console: Console, rows: Sequence[DemoRow], limit: int | None) -> None:
@@ -102,7 +100,7 @@ def eval_report(console: Console, evaluation: Evaluation) -> None:
             f"{row.decode_tok_s:.0f}" if row.decode_tok_s else "",
         )
         if (long := row.generation) is not None:
-            parts = "never" if long.first_divergence >= long.tokens else f"{long.first_divergence:g}"
+            parts = _divergence(long)
             generation.add(row.contestant, _nats(long.kl_mean), _nats(long.kl_p99), _share(long.top1_agreement), parts)
     table.print(console)
     first = evaluation.rows[0]
@@ -114,7 +112,7 @@ def eval_report(console: Console, evaluation: Evaluation) -> None:
         "bytes allocated for a passage.\n",
         style="dim",
     )
-    _print_idle(console, [name for row in evaluation.rows for name in row.idle], settings["context"])
+    _print_idle(console, (name for row in evaluation.rows for name in row.idle))
     if len(generation) and (long := first.generation) is not None:
         generation.print(console)
         console.print(
@@ -122,16 +120,23 @@ def eval_report(console: Console, evaluation: Evaluation) -> None:
             "tokens after which a contestant's own greedy generation leaves raw's (median).\n",
             style="dim",
         )
+        longs = [row.generation for row in evaluation.rows if row.generation is not None]
+        _print_idle(console, (name for long in longs for name in long.idle))
     _print_tasks(console, evaluation.rows)
 
 
-def _print_idle(console: Console, idle: Sequence[str], context: object) -> None:
+def _divergence(long: Generation) -> str:
+    if long.first_divergence is None:
+        return NOT_MEASURED
+    return "never" if long.first_divergence >= long.tokens else f"{long.first_divergence:g}"
+
+
+def _print_idle(console: Console, idle: Iterable[str]) -> None:
     """Which figures are not measured, and why."""
-    if idle:
+    if names := ", ".join(dict.fromkeys(idle)):
         console.print(
-            f"{NOT_MEASURED}: not measured. On texts of {context:,} tokens, nothing could be left out by "
-            f"{', '.join(dict.fromkeys(idle))}: the figure would be that of the full cache. "
-            "Give a longer text, or smaller numbers in the recipe.\n",
+            f"{NOT_MEASURED}: not measured. The text is too short for {names} to leave anything out: the figure "
+            "would be that of the full cache. Give longer texts, or smaller numbers in the recipe.\n",
             style="yellow",
             highlight=False,
         )

@@ -151,7 +151,8 @@ def test_what_never_acted_is_not_measured(rows: dict[str, Row], recipe: str, tmp
     assert (row.kl_mean, row.kl_p99, row.top1_agreement, row.ppl, row.ppl_delta) == (None,) * 5
     assert row.kl_by_position == []
     assert row.generation is not None
-    assert (row.generation.kl_mean, row.generation.top1_agreement) == (None, None)
+    assert (row.generation.kl_mean, row.generation.top1_agreement, row.generation.first_divergence) == (None,) * 3
+    assert row.generation.idle == row.idle
     data = json.loads(json.dumps(row.as_json()))
     assert data["kl_mean"] is None
     assert Row.from_json(data) == row

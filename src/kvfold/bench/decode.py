@@ -222,11 +222,10 @@ def bench_decode(
     parsed = parse_recipes(["raw", *recipes], model)
     check_rivals(rivals)
     limit = Geometry.from_config(model.config).max_positions
-    if context + steps + spare_positions(list(parsed.values())) > limit:
-        raise RequestError(
-            f"context {context}", why=f"the model takes {limit} positions", hint="choose a shorter context"
-        )
     spare = steps + spare_positions(list(parsed.values()))
+    if context + spare > limit:
+        why = f"the model takes {limit} positions, of which {spare} are for the timed steps and those behind them"
+        raise RequestError(f"context {context}", why=why, hint=f"--context {max(1, limit - spare)} at most")
     contestants: dict[str, _Contestant] = {"transformers": _Transformers(model, batch)}
     contestants |= {name: _Paged(model, recipe, batch, context + spare) for name, recipe in parsed.items()}
     _fill(model, list(contestants.values()), context, batch, seed, say)

@@ -31,7 +31,7 @@ __all__ = ["ATTENTION_EXAMPLES", "DECODE_EXAMPLES", "EXAMPLES", "bench_attention
 
 EXAMPLES = "Examples:  kvfold bench decode --vs transformers   |   kvfold bench attention --context 4096"
 DECODE_EXAMPLES = (
-    "Examples:  kvfold bench decode --context 4096 --batch 4 --vs transformers   |   "
+    "Examples:  kvfold bench decode --context 3072 --batch 8 --vs transformers   |   "
     "kvfold bench decode --shape llama-3.2-1b --context 16384 --batch 8 --recipes raw,int4 --json -"
 )
 ATTENTION_EXAMPLES = (

@@ -25,19 +25,24 @@ def demo(
     answers: Annotated[bool, typer.Option("--answers", help="Also list what was said to each question.")] = False,
     json_file: JsonOption = None,
 ) -> None:
-    """Answer questions about a long real document from a full and from folded caches, bytes, speed and quality side by
-    side.
+    """Answer questions about a long real document from a full and from folded caches, bytes and quality side by side;
+    then time decoding where the cache matters, with many sequences at once.
     """
     chosen = None if recipes is None else parse_recipe_list(recipes)
     with counted_progress() as say:
         start(map(Recipe.parse, chosen or []))
+        from kvfold.bench.demo import demo_speed
+        from kvfold.bench_report import demo_speed_report
         from kvfold.engine.loading import load
         from kvfold.quality.demo import DEMO_RECIPES, run_demo
         from kvfold.report import demo_report
 
-        say.steps = 2 * len({"raw", *(chosen or DEMO_RECIPES)})
+        say.steps = 1 + 2 * len({"raw", *(chosen or DEMO_RECIPES)})
         loaded, tokenizer = load(model)
         document, rows = run_demo(loaded, tokenizer, recipes=chosen, target_tokens=tokens, seed=seed, say=say)
+        speed, why_not = demo_speed(loaded, [row.recipe for row in rows], seed=seed, say=say)
     if json_file != "-":
         demo_report(Console(), document, rows, answers=answers)
-    write_json(json_file, [row.as_json() for row in rows])
+        demo_speed_report(Console(), speed, why_not)
+    steps = {row.contestant: row.as_json() for row in speed}
+    write_json(json_file, [row.as_json() | {"speed": steps.get(row.recipe)} for row in rows])

@@ -24,7 +24,6 @@ DEMO_RECIPES = ("raw", "int8", "int4", "int2:calibrated", "int2")
 """Compared where nothing else is asked for, as far as the model can be served with them."""
 
 _ANSWER_TOKENS = 16
-_DECODE_STEPS = 48
 _SCORED_FROM = 256  # before that, most of the context is still inside the sinks and the recent window
 _STEP_TOKENS = 512  # of all questions together in one step of the engine
 _POOL_SLACK = 64 << 10
@@ -57,7 +56,6 @@ class DemoRow:
     recipe: str
     kv_bytes: int
     compression: float
-    decode_tok_s: float
     answers_right: int
     answers_total: int
     kl: float | None
@@ -98,7 +96,7 @@ def run_demo(
     document = demo_document(seed, target_tokens, lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
     prompts = [_ask(tokenizer, document.text, fact.question) for fact in document.facts]
     forced = _transcript(tokenizer, document)
-    longest = max(len(forced) + _DECODE_STEPS, max(map(len, prompts)) + _ANSWER_TOKENS)
+    longest = max(len(forced), max(map(len, prompts)) + _ANSWER_TOKENS)
     if longest > (limit := Geometry.from_config(model.config).max_positions):
         why = f"the model takes {limit} positions"
         raise RequestError(f"{longest} tokens of document and questions", why=why, hint="ask for a shorter document")
@@ -119,7 +117,6 @@ def run_demo(
                     recipe=text,
                     kv_bytes=result.kv_bytes,
                     compression=raw_bytes / result.kv_bytes,
-                    decode_tok_s=result.decode_tok_s,
                     answers_right=sum(answer.right for answer in answers),
                     answers_total=len(answers),
                     kl=None if result.idle else against.kl_mean,
@@ -146,7 +143,7 @@ def _read(model: PreTrainedModel, recipe: Recipe, pool: int, tokens: Sequence[in
     """``tokens`` teacher-forced under ``recipe``; the pool is gone afterwards."""
     runner = ModelRunner(model, recipe=recipe, kv_memory=pool, check=check)
     try:
-        return teacher_force(runner, tokens, score_from=_SCORED_FROM, decode_steps=_DECODE_STEPS)
+        return teacher_force(runner, tokens, score_from=_SCORED_FROM)
     finally:
         runner.release()
 

@@ -34,9 +34,9 @@ class Generation:
     """Long generation: raw's own greedy continuations of ``passages`` prompts, ``tokens`` tokens each.
 
     ``kl_mean``, ``kl_p99`` (nats) and ``top1_agreement``: those continuations teacher-forced under the contestant,
-    against raw; None as in `Row`. ``first_divergence``: median number of tokens after which the contestant's own free
+    against raw. ``first_divergence``: median number of tokens after which the contestant's own free
     greedy generation leaves raw's; ``tokens`` if it never does. ``ended_early``: passages in which raw had come to an
-    end token by itself; generation went on past it.
+    end token by itself; generation went on past it. ``idle``: as in `Row`; with it, all of these are None.
     """
 
     tokens: int
@@ -44,8 +44,9 @@ class Generation:
     kl_mean: float | None
     kl_p99: float | None
     top1_agreement: float | None
-    first_divergence: float
+    first_divergence: float | None
     ended_early: int = 0
+    idle: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,9 @@ class Row:
             name: TaskScore(**score | {"scores": tuple(score.get("scores", ()))})
             for name, score in fields["tasks"].items()
         }
-        fields["generation"] = None if generation is None else Generation(**generation)
+        fields["generation"] = (
+            None if generation is None else Generation(**generation | {"idle": tuple(generation.get("idle", ()))})
+        )
         fields["errors"] = None if errors is None else ErrorMap(**errors)
         fields["idle"] = tuple(fields.get("idle", ()))
         fields["kl_by_position"] = [(int(position), float(kl)) for position, kl in fields["kl_by_position"]]

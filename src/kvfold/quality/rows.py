@@ -59,8 +59,9 @@ def _generation(units: Units, who: Contestant) -> Generation:
         kl_mean=None if idle else mean(kl),
         kl_p99=None if idle else quantile(kl, 0.99),
         top1_agreement=None if idle else mean(_joined(follows, "same")),
-        first_divergence=median([_common(mine, raws) for mine, raws in zip(own, raw, strict=True)]),
+        first_divergence=None if idle else median([_common(*pair) for pair in zip(own, raw, strict=True)]),
         ended_early=sum(bool(work.stop.intersection(tokens)) for tokens in raw),
+        idle=idle,
     )
 
 

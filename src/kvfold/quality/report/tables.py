@@ -60,7 +60,9 @@ def _columns(tasks: Sequence[str]) -> list[_Column]:
         _Column("same top token", lambda row: row.top1_agreement, percent, 1, scored=True),
         _Column("perplexity, change", lambda row: row.ppl_delta, _signed, 0, scored=True),
         _Column("KL, long generation", generation("kl_mean"), number_text, -1, scored=True),
-        _Column("first divergence, token", generation("first_divergence"), lambda value: f"{value:,.0f}", 1),
+        _Column(
+            "first divergence, token", generation("first_divergence"), lambda value: f"{value:,.0f}", 1, scored=True
+        ),
         _Column("mean task\u00a0score", score, lambda value: f"{value:.3f}", 1),
         _Column("decode, tokens/s", lambda row: row.decode_tok_s or None, lambda value: f"{value:,.1f}", 1),
     ]
@@ -80,7 +82,8 @@ def summary_table(rows: Sequence[Row], families: Iterable[str], fronts: Mapping[
             for column, top in zip(columns, best, strict=True):
                 value = _finite(column.read(row))
                 mark = ' class="best"' if value is not None and column.text(value) == top and not _is_full(row) else ""
-                nothing = _NOT_MEASURED if column.scored and row.idle else _NOTHING
+                idle = row.idle or (row.generation.idle if row.generation is not None else ())
+                nothing = _NOT_MEASURED if column.scored and idle else _NOTHING
                 cells.append(nothing if value is None else f"<td{mark}>{escape(column.text(value))}</td>")
             marks = {"ours": family == OURS, "front": row.contestant in on_front, "long": len(row.contestant) > _LONG}
             named = " ".join(mark for mark, holds in marks.items() if holds)
