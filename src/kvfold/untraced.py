@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -14,8 +15,16 @@ R = TypeVar("R")
 
 
 def untraced(function: Callable[P, R]) -> Callable[P, R]:
-    """``function`` runs as it stands, and so does all that it calls: a break in the graph of its caller."""
-    plain: Callable[P, R] = torch.compiler.disable(function)
+    """``function`` runs as it stands, and so does all that it calls: a break in the graph of its caller.
+
+    The guard of torch costs every call and all calls within it, so it stands only where a graph is being traced.
+    """
+    guarded: Callable[P, R] = torch.compiler.disable(function)
+
+    @functools.wraps(function)
+    def plain(*args: P.args, **kwargs: P.kwargs) -> R:
+        return guarded(*args, **kwargs) if torch.compiler.is_compiling() else function(*args, **kwargs)
+
     return plain
 
 
