@@ -23,6 +23,7 @@ from kvfold.available import available_memory
 from kvfold.engine import Engine, SamplingParams
 from kvfold.engine.loading import BUNDLED, load, parse_recipes
 from kvfold.engine.runner import ModelRunner
+from kvfold.engine.setup import context_length
 from kvfold.errors import ModelError, RequestError, UnsupportedError
 from kvfold.formats import parse_bytes
 from kvfold.geometry import Geometry
@@ -99,7 +100,7 @@ class HarnessModel:
         self.name = str(model) if isinstance(model, (str, Path)) else str(model.config._name_or_path)
         self.recipe = parse_recipes([text], self.model)[text]
         self._geometry = Geometry.from_config(self.model.config)
-        self.max_length = _limit(max_length, self._geometry)
+        self.max_length = context_length(self._geometry, max_length)
         self.max_gen_toks = max_gen_toks
         self._kv_memory = kv_memory if kv_memory is None else parse_bytes(kv_memory)
         self._seed = seed
@@ -355,17 +356,6 @@ def _loaded(
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ModelError("the harness works with texts", why="the model comes without a tokenizer")
     return model, tokenizer
-
-
-def _limit(max_length: int | None, geometry: Geometry) -> int:
-    if max_length is None:
-        return geometry.max_positions
-    if not 1 < max_length <= geometry.max_positions:
-        raise RequestError(
-            f"bad max_length={max_length!r}",
-            why=f"a whole number from 2 to the model's context of {geometry.max_positions} is needed",
-        )
-    return max_length
 
 
 def _batch(batch_size: int | str) -> int:
